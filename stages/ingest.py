@@ -1,0 +1,321 @@
+"""ingest: a folder of labelled photographs, every one decoded and checked, packed into a few Parquet files.
+
+usage: ingest.py SOURCE OUTPUT --group_pattern REGEX --fold_pattern REGEX --max_pixels N ...
+
+reads   SOURCE             any tree of images; the folder that holds a file is its label
+writes  OUTPUT/images      IMAGES, sorted by image_id and path within a file
+        OUTPUT/quarantine  QUARANTINE, one row for each file that was refused
+
+Nothing vanishes: files in = rows of images + rows of quarantine. Only names that start with `.` or `_` and names
+without an image's extension are passed over; they are counted and said.
+"""
+
+import argparse
+import hashlib
+import io
+import math
+import re
+import struct
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pyspark import StorageLevel
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
+
+# image_id and path: sorted by both within a file; path is unique.
+IMAGES = T.StructType(
+    [
+        T.StructField("image_id", T.StringType()),  # SHA-256 of the file's bytes, hexadecimal
+        T.StructField("path", T.StringType()),  # relative to SOURCE
+        T.StructField("label", T.StringType()),  # name of the folder that holds the file
+        T.StructField("group", T.StringType()),  # views of one object from one side; image_id where names say nothing
+        T.StructField("fold", T.IntegerType()),  # 0 or 1; a group is never in both
+        T.StructField("width", T.IntegerType()),  # pixels, upright
+        T.StructField("height", T.IntegerType()),
+        T.StructField("thumbnail", T.BinaryType()),  # 16 x 16 RGB pixels, row by row, 768 bytes
+        T.StructField("content_id", T.StringType()),  # SHA-256 of content; image_id, unless ingest had to re-encode it
+        T.StructField("content", T.BinaryType()),  # JPEG or PNG, upright RGB
+    ]
+)
+QUARANTINE = T.StructType(
+    [
+        T.StructField("path", T.StringType()),
+        T.StructField("label", T.StringType()),
+        T.StructField("length", T.LongType()),  # bytes
+        T.StructField("reason", T.StringType()),  # one of REASONS
+        T.StructField("detail", T.StringType()),
+    ]
+)
+REASONS = ("empty", "not_an_image", "too_large", "too_many_pixels", "truncated", "unreadable")
+INSPECTED = T.StructType([*IMAGES.fields, *QUARANTINE.fields[2:]])  # reason is null where the file is an image
+ARROW_INSPECTED = to_arrow_schema(INSPECTED)
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
+THUMBNAIL = (16, 16)
+ORIENTATION = 0x0112  # EXIF tag
+# What Pillow's decoders raise on damaged files.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, MemoryError)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    spark = (
+        SparkSession.builder.appName("ingest")
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 32)  # whole files: bounds a worker's memory
+        # Photographs are small files: a task takes some 500, and folders are listed by the driver up to a thousand.
+        .config("spark.sql.files.openCostInBytes", 256 * 2**10)
+        .config("spark.sql.sources.parallelPartitionDiscovery.threshold", 1000)
+        .getOrCreate()
+    )
+    files, n_files, n_ignored = find_files(spark, args.source)
+    inspected = inspect_files(
+        files,
+        n_files,
+        max_bytes=args.max_file_mb * 2**20,
+        max_pixels=args.max_pixels,
+        group_pattern=args.group_pattern,
+        fold_pattern=args.fold_pattern,
+    )
+    quarantine = inspected.where("reason IS NOT NULL").select(*QUARANTINE.names)
+    quarantine.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/quarantine")
+    counts = count(inspected)
+    if counts["n_quarantined"] > args.max_quarantine_ratio * counts["n_files"]:
+        raise SystemExit(too_many_refused(quarantine, counts, args.max_quarantine_ratio))
+
+    images = inspected.where("reason IS NULL").select(*IMAGES.names)
+    n_parts = max(1, math.ceil(counts["n_bytes"] / (args.file_size_mb * 2**20)))
+    (images.repartition(n_parts, "image_id").sortWithinPartitions("image_id", "path").write.parquet(f"{args.output}/images"))
+    print(
+        f"ingest: {counts['n_images']:,} images of {counts['n_labels']:,} labels; "
+        f"{counts['n_quarantined']:,} files quarantined, {n_ignored:,} other files ignored"
+    )
+
+
+def find_files(spark: SparkSession, source: str) -> tuple[DataFrame, int, int]:
+    """Every file below source that is named like an image.
+
+    Returns
+    -------
+    DataFrame of path (relative to source), length (bytes) and content; the number of its rows; the number of other files
+
+    Raises
+    ------
+    SystemExit
+        source does not exist, holds no file named like an image, or holds one outside any label's folder.
+    """
+    jvm: Any = spark._jvm
+    folder = jvm.org.apache.hadoop.fs.Path(source)
+    file_system = folder.getFileSystem(spark._jsc.hadoopConfiguration())
+    if not file_system.exists(folder):
+        raise SystemExit(f"ingest: {source} does not exist. `images` in params.yaml names the folder of images.")
+    root = file_system.makeQualified(folder).toString().rstrip("/")
+    any_case = ["".join(f"[{letter}{letter.upper()}]" for letter in extension) for extension in EXTENSIONS]
+    files = (
+        spark.read.format("binaryFile")
+        .option("recursiveFileLookup", True)
+        .option("pathGlobFilter", "*.{" + ",".join(any_case) + "}")
+        # A file that cannot be opened must not end the run: `inspect_files` sees that it is missing.
+        .option("ignoreMissingFiles", True)
+        .option("ignoreCorruptFiles", True)
+        .load(re.sub(r"([\\{}\[\]*?])", r"\\\1", root))  # a folder's name, not a pattern
+        .select(F.col("path").substr(len(root) + 2, 2**31 - 1).alias("path"), "length", "content")
+    )
+    # Of the listing; no content is read.
+    unlabelled = F.when(~F.contains("path", F.lit("/")), F.col("path"))
+    listing = files.agg(F.count("*").alias("n_files"), F.count(unlabelled).alias("n"), F.min(unlabelled).alias("example"))
+    n_files, n_unlabelled, example = listing.collect()[0]
+    if not n_files:
+        raise SystemExit(f"ingest: no image below {source}: no name ends in {', '.join(EXTENSIONS)}.")
+    if n_unlabelled:
+        raise SystemExit(
+            f"ingest: {n_unlabelled:,} of {n_files:,} images have no label, such as {example} directly in {source}. "
+            "Move each into a folder that is named as its label."
+        )
+    return files, n_files, file_system.getContentSummary(folder).getFileCount() - n_files
+
+
+def inspect_files(
+    files: DataFrame, n_files: int, *, max_bytes: int, max_pixels: int, group_pattern: str, fold_pattern: str
+) -> DataFrame:
+    """INSPECTED, one row for each file: an image, or the reason why it is none."""
+
+    def inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        Image.MAX_IMAGE_PIXELS = None  # the limit is ours; Pillow's own only warns
+        warnings.simplefilter("ignore")  # of metadata that is not as it should be; pixels are checked below
+        for batch in batches:
+            rows = [inspect_file(**file) for file in batch.to_pylist()]
+            yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
+
+    def inspect_file(path: str, length: int, content: bytes | None) -> dict[str, Any]:
+        *_, label, name = path.split("/")
+        row = {"path": path, "label": label, "length": length}
+        try:
+            if content is None:
+                raise too_large(length, max_bytes) if length > max_bytes else Refused("unreadable", "cannot be opened")
+            image_id = hashlib.sha256(content).hexdigest()
+            group, fold = provenance(image_id, label, name, group_pattern, fold_pattern)
+            image, content = decode(content, max_pixels)
+        except Refused as refused:
+            return row | {"reason": refused.reason, "detail": refused.detail}
+        return row | {
+            "image_id": image_id,
+            "group": group,
+            "fold": fold,
+            "width": image.width,
+            "height": image.height,
+            "thumbnail": image.resize(THUMBNAIL, Image.Resampling.BOX).tobytes(),
+            "content_id": hashlib.sha256(content).hexdigest(),
+            "content": content,
+        }
+
+    # Written twice, as images and as quarantine, but decoded once.
+    delivered = files.where(F.col("length") <= max_bytes).mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+    if delivered.count() == n_files:
+        return delivered
+    missing = files.select("path", "length").join(delivered.select("path"), "path", "left_anti")
+    return delivered.union(missing.withColumn("content", F.lit(None).cast("binary")).mapInArrow(inspect, INSPECTED))
+
+
+def count(inspected: DataFrame) -> dict[str, int]:
+    is_image = F.col("reason").isNull()
+    return (
+        inspected.agg(
+            F.count("*").alias("n_files"),
+            F.count_if(~is_image).alias("n_quarantined"),
+            F.count_if(is_image).alias("n_images"),
+            F.countDistinct(F.when(is_image, F.col("label"))).alias("n_labels"),
+            F.coalesce(F.sum(F.octet_length("content")), F.lit(0)).alias("n_bytes"),
+        )
+        .collect()[0]
+        .asDict()
+    )
+
+
+def too_many_refused(quarantine: DataFrame, counts: dict[str, int], max_ratio: float) -> str:
+    examples = "".join(
+        f"\n  {row.path}: {row.reason}, {row.detail}" for row in quarantine.orderBy("path").limit(5).collect()
+    )
+    return (
+        f"ingest: {counts['n_quarantined']:,} of {counts['n_files']:,} files are refused, more than "
+        f"max_quarantine_ratio {max_ratio} allows. All are in the quarantine table; the first:{examples}"
+    )
+
+
+class Refused(Exception):
+    """A file that is not an image we can use."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def too_large(length: int, max_bytes: int) -> Refused:
+    return Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
+
+
+def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
+    """The image, decoded to its last byte, upright and RGB, and a file that holds just that.
+
+    Returns
+    -------
+    image of mode RGB; its JPEG or PNG: content itself where that is upright RGB already, else a PNG
+
+    Raises
+    ------
+    Refused
+        with the reason and what was seen
+    """
+    if not content:
+        raise Refused("empty", "0 bytes")
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        if content.startswith(SIGNATURES):
+            raise Refused("truncated", f"{len(content)} bytes, not even a header") from error
+        raise Refused("not_an_image", what_else(content)) from error
+    except DECODE_ERRORS as error:
+        raise broken(error) from error
+    if image.width * image.height > max_pixels:
+        raise Refused("too_many_pixels", f"{image.width} x {image.height}, more than {max_pixels:,} pixels")
+    try:
+        image.load()
+        rgb = to_rgb(ImageOps.exif_transpose(image))
+    except DECODE_ERRORS as error:
+        raise broken(error) from error
+    as_it_is = image.format in ("JPEG", "PNG") and image.mode == "RGB" and not image.has_transparency_data
+    if as_it_is and image.getexif().get(ORIENTATION, 1) == 1:
+        return rgb, content
+    png = io.BytesIO()
+    rgb.save(png, "PNG")
+    return rgb, png.getvalue()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB: 16 bits scaled to 8, transparency over white as a viewer shows it."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Refused("unreadable", f"mode {image.mode}: the range of its pixels is not known")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
+
+
+def broken(error: Exception) -> Refused:
+    # libwebp says no more than that it could not create a decoder.
+    is_short = isinstance(error, EOFError) or re.search("truncat|broken data|create decoder", str(error), re.I)
+    return Refused("truncated" if is_short else "unreadable", f"{type(error).__name__}: {error}")
+
+
+def what_else(content: bytes) -> str:
+    """What a file that is no image seems to be."""
+    start = content[:200].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer: run `git lfs pull` where it came from"
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "a web page or XML, perhaps a failed download"
+    return f"starts with {content[:16]!r}"
+
+
+def provenance(image_id: str, label: str, name: str, group_pattern: str, fold_pattern: str) -> tuple[str, int]:
+    """The group and the fold of an image, by its file's name.
+
+    Where the name does not match group_pattern nothing is known: the image is a group of its own, and half of such images
+    are in either fold, by their SHA-256.
+    """
+    match = re.search(group_pattern, name)
+    if match is None:
+        return image_id, int(image_id[0], 16) % 2
+    return "/".join([label, *(part or "" for part in match.groups())]), int(bool(re.search(fold_pattern, name)))
+
+
+def regex(text: str) -> str:
+    re.compile(text)
+    return text
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source")
+    parser.add_argument("output")
+    parser.add_argument("--group_pattern", type=regex, required=True, help="regular expression for a file's name")
+    parser.add_argument("--fold_pattern", type=regex, required=True, help="a file whose name matches is in fold 1")
+    parser.add_argument("--max_pixels", type=int, required=True, help="width x height of an image, at most")
+    parser.add_argument("--max_file_mb", type=int, required=True, help="MiB of an image's file, at most")
+    parser.add_argument("--max_quarantine_ratio", type=float, required=True, help="share of files refused, at most")
+    parser.add_argument("--file_size_mb", type=int, required=True, help="MiB of images in an output file, about")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
