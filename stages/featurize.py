@@ -1,0 +1,277 @@
+"""featurize: a feature vector for each image, by one pass of the backbone for each distinct image.
+
+usage: featurize.py INGESTED BACKBONE OUTPUT --batch_size 8 --precision float32 --images_per_file 2048
+
+reads   INGESTED/images  IMAGES
+        BACKBONE         graph.pb and backbone.json
+writes  OUTPUT           FEATURES, sorted by image_id and path within a file
+
+Features are kept for reuse in a cache (Spark setting spark.featurize.cache), under a fingerprint of all that determines
+them but the image. Only what is not there goes through the backbone, and every task that ends leaves its features there,
+so that a run that is killed loses no more than the tasks that were running.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import inspect
+import io
+import json
+import math
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from py4j.protocol import Py4JJavaError
+from pyspark import Accumulator, Broadcast, TaskContext
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+
+IMAGES = T.StructType(
+    [
+        T.StructField("image_id", T.StringType()),
+        T.StructField("path", T.StringType()),
+        T.StructField("label", T.StringType()),
+        T.StructField("group", T.StringType()),
+        T.StructField("fold", T.IntegerType()),
+        T.StructField("content_id", T.StringType()),  # SHA-256 of content
+        T.StructField("content", T.BinaryType()),  # JPEG or PNG, upright RGB
+    ]
+)
+FEATURES = T.StructType(
+    [
+        *IMAGES.fields[:5],
+        T.StructField("features", T.ArrayType(T.FloatType())),  # n_features of them
+    ]
+)
+COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])  # a row of the cache
+PRECISIONS = ("float32", "bfloat16")
+
+# Some ten seconds of a core with ResNet50: what a killed run can lose on each core.
+IMAGES_PER_TASK = 256
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    spark = (
+        SparkSession.builder.appName("featurize")
+        # A batch of rows is a batch of the backbone: a worker's memory does not grow with the number of images.
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", args.batch_size)
+        .config("spark.sql.adaptive.enabled", False)  # it would merge tasks whose rows are small but dear
+        .config("spark.ui.showConsoleProgress", False)  # `progress` says more
+        .getOrCreate()
+    )
+    backbone = json.loads(read_bytes(spark, f"{args.backbone}/backbone.json"))
+    graph = read_bytes(spark, f"{args.backbone}/graph.pb")
+    if hashlib.sha256(graph).hexdigest() != backbone["graph_sha256"]:
+        raise SystemExit(f"featurize: {args.backbone}/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`.")
+    images = spark.read.schema(IMAGES).parquet(f"{args.ingested}/images")
+    cache = open_cache(spark, fingerprint(backbone, args.batch_size, args.precision))
+    drop_damaged(spark, cache, backbone["n_features"])
+
+    missing = missing_ids(images, read_cache(spark, cache)).persist()
+    n_images, n_missing = images.count(), missing.count()
+    if n_missing:
+        passes = spark.sparkContext.accumulator(0)
+        network = spark.sparkContext.broadcast({"graph": graph})
+        work = spread(images.join(missing, "content_id", "left_semi"), n_missing)
+        computed = forward(work, network, backbone["image_size"], args.batch_size, args.precision, passes)
+        with progress(passes, n_missing):
+            append(computed, cache)
+        if passes.value != n_missing:
+            raise SystemExit(
+                f"featurize: {passes.value:,} passes of the backbone for {n_missing:,} images; it must be one each."
+            )
+
+    features = images.join(read_cache(spark, cache).dropDuplicates(["content_id"]), "content_id")
+    (
+        features.select(*FEATURES.names)
+        .repartition(math.ceil(n_images / args.images_per_file), "image_id")
+        .sortWithinPartitions("image_id", "path")
+        .write.parquet(args.output)
+    )
+    n_written = spark.read.parquet(args.output).count()
+    if n_written != n_images:
+        raise SystemExit(f"featurize: features for {n_written:,} of {n_images:,} images; was {cache} emptied meanwhile?")
+    print(
+        f"featurize: {n_images:,} images x {backbone['n_features']:,} features; {n_missing:,} passes of {backbone['name']}"
+    )
+
+
+def missing_ids(images: DataFrame, computed: DataFrame) -> DataFrame:
+    """The content_id of each distinct image that has not been computed."""
+    return images.select("content_id").distinct().join(computed, "content_id", "left_anti")
+
+
+def spread(images: DataFrame, n_distinct: int) -> DataFrame:
+    """Each distinct image once, over tasks of equal size: as few as there are cores for, or small ones."""
+    n_cores = images.sparkSession.sparkContext.defaultParallelism
+    n_tasks = n_cores * math.ceil(n_distinct / (n_cores * IMAGES_PER_TASK))
+    return images.select("content_id", "content").repartition(n_tasks, "content_id").dropDuplicates(["content_id"])
+
+
+def forward(
+    images: DataFrame,
+    network: Broadcast[dict[str, Any]],
+    image_size: int,
+    batch_size: int,
+    precision: str,
+    passes: Accumulator[int],
+) -> DataFrame:
+    """COMPUTED, one row for each row of images.
+
+    Batches are filled up to batch_size: with one shape for all, TensorFlow's result for an image does not depend, to the
+    last bit, on the images beside it.
+    """
+
+    def compute(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        task = TaskContext.get()
+        n_threads = task.cpus() if task else 1
+        # Spark unpickles this function for each task, but a broadcast value only once in a worker's life.
+        if "forward" not in network.value:
+            network.value["forward"] = load(network.value.pop("graph"), precision, n_threads)
+        for batch in batches:
+            pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+            for i, content in enumerate(batch["content"]):
+                pixels[i] = to_pixels(content.as_py(), image_size)
+            features = network.value["forward"](pixels)[: len(batch)]
+            passes.add(len(batch))
+            offsets = np.arange(len(batch) + 1, dtype=np.int32) * features.shape[1]
+            rows = pa.ListArray.from_arrays(offsets, features.ravel())
+            yield pa.RecordBatch.from_arrays([batch["content_id"], rows], names=COMPUTED.names)
+
+    return images.mapInArrow(compute, COMPUTED)
+
+
+def load(graph: bytes, precision: str, n_threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The backbone as a function: pixels, uint8 (n, size, size, 3) -> features, float32 (n, n_features)."""
+    import tensorflow as tf  # slow to import, and only workers need it
+
+    config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=n_threads, inter_op_parallelism_threads=1)
+    # On a frozen graph this is faster than Keras's mixed_bfloat16 policy, which gains nothing on a CPU.
+    config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = int(precision == "bfloat16")
+    with tf.Graph().as_default() as frozen:
+        tf.import_graph_def(tf.compat.v1.GraphDef.FromString(graph), name="")
+    return tf.compat.v1.Session(graph=frozen, config=config).make_callable("features:0", ["pixels:0"])
+
+
+def to_pixels(content: bytes, image_size: int) -> np.ndarray:
+    """The image's pixels, uint8 RGB of shape (image_size, image_size, 3), the whole image stretched to that square."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+
+
+def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> str:
+    """A name for all that determines a feature except the image: the cache never mixes what differs in it."""
+    determines = {
+        "graph": backbone["graph_sha256"],
+        "batch_size": batch_size,
+        "precision": precision,
+        "code": [inspect.getsource(function) for function in (to_pixels, load)],
+        "versions": {name: importlib.metadata.version(name) for name in ("pillow", "tensorflow-cpu")},
+    }
+    return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def open_cache(spark: SparkSession, name: str) -> str:
+    """The folder of the cache of that name, made if need be."""
+    cache = f"{spark.conf.get('spark.featurize.cache')}/{name}"
+    folder, file_system = hadoop_path(spark, cache)
+    try:
+        file_system.mkdirs(folder)
+    except Py4JJavaError as error:
+        raise SystemExit(f"featurize: cannot make the feature cache {cache}: {error.java_exception.getMessage()}") from None
+    return cache
+
+
+def read_cache(spark: SparkSession, cache: str) -> DataFrame:
+    """COMPUTED; what cannot be read is passed over."""
+    return (
+        spark.read.schema(COMPUTED)
+        .option("recursiveFileLookup", True)
+        .option("pathGlobFilter", "*.parquet")
+        .option("ignoreCorruptFiles", True)
+        .parquet(cache)
+    )
+
+
+def drop_damaged(spark: SparkSession, cache: str, n_features: int) -> None:
+    """Remove each file of the cache that cannot be read from end to end, so that it is computed again."""
+    files = spark.read.format("binaryFile").option("recursiveFileLookup", True).option("pathGlobFilter", "*.parquet")
+    present = files.load(cache).select("_metadata.file_path")
+    sound = read_cache(spark, cache).where(F.size("features") == n_features).select("_metadata.file_path").distinct()
+    for row in present.join(sound, "file_path", "left_anti").collect():
+        print(f"featurize: {row.file_path} is damaged; its features are computed again", file=sys.stderr)
+        folder, file_system = hadoop_path(spark, row.file_path)
+        file_system.delete(folder, False)
+
+
+def append(computed: DataFrame, cache: str) -> None:
+    """Write to the cache, each task's rows as soon as the task has ended: what is done outlives a killed run."""
+    (
+        computed.write
+        # Of Hadoop's two ways to commit, the one that does not wait for the job's end. It may leave a row twice after a
+        # retry, which is no harm here.
+        .option("mapreduce.fileoutputcommitter.algorithm.version", 2).parquet(f"{cache}/{uuid.uuid4().hex}")
+    )
+
+
+@contextmanager
+def progress(passes: Accumulator[int], n_missing: int) -> Iterator[None]:
+    """Say every ten seconds how far the backbone is."""
+    started, done = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not done.wait(10):
+            seconds = time.monotonic() - started
+            left = f"{seconds / passes.value * (n_missing - passes.value):,.0f} s left" if passes.value else "starting"
+            print(f"featurize: {passes.value:,} of {n_missing:,} images, {passes.value / seconds:,.1f} a second, {left}")
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        done.set()
+        reporter.join()
+
+
+def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    """A path of any file system that Spark knows, and that file system."""
+    jvm: Any = spark._jvm
+    hadoop = jvm.org.apache.hadoop.fs.Path(path)
+    return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
+
+
+def read_bytes(spark: SparkSession, path: str) -> bytes:
+    (row,) = spark.read.format("binaryFile").load(path).select("content").collect()
+    return bytes(row.content)
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ingested")
+    parser.add_argument("backbone")
+    parser.add_argument("output")
+    parser.add_argument("--batch_size", type=positive, required=True, help="images in one pass")
+    parser.add_argument("--precision", choices=PRECISIONS, required=True, help="of the arithmetic; features are float32")
+    parser.add_argument("--images_per_file", type=positive, required=True, help="rows of an output file, about")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
