@@ -1,0 +1,163 @@
+"""covariance: number, mean and scatter matrix of the features of each fold, in one pass.
+
+usage: covariance.py FEATURES OUTPUT --max_blocks 16
+
+reads   FEATURES  files of FEATURES
+writes  OUTPUT    MOMENTS, one row for each fold
+
+Every PCA of the collection, of a fold or of the whole, of any number of components and any scaling, follows from these few
+numbers; no image or feature is looked at again.
+"""
+
+import argparse
+import functools
+import io
+import math
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
+from threadpoolctl import threadpool_limits
+
+FEATURES = T.StructType(
+    [
+        T.StructField("fold", T.IntegerType()),
+        T.StructField("features", T.ArrayType(T.FloatType())),
+    ]
+)
+MOMENTS = T.StructType(
+    [
+        T.StructField("fold", T.IntegerType()),
+        T.StructField("n", T.LongType()),
+        T.StructField("mean", T.BinaryType()),  # float64, little-endian, of shape (n_features,)
+        T.StructField("scatter", T.BinaryType()),  # float64, little-endian, of shape (n_features, n_features)
+    ]
+)
+PARTIAL = T.StructType([T.StructField("block", T.IntegerType()), *MOMENTS.fields])
+
+
+class Moments(NamedTuple):
+    """Of some rows: how many, their mean, and the sum of the outer products of their deviations from it."""
+
+    n: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    spark = (
+        SparkSession.builder.appName("covariance")
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # a row is a whole file, or a matrix
+        .config("spark.sql.adaptive.enabled", False)
+        .getOrCreate()
+    )
+    files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet")
+    moments = merge_blocks(sum_blocks(files, args.max_blocks)).persist()
+    moments.write.parquet(args.output)
+    n_images = moments.agg(F.sum("n")).collect()[0][0]
+    print(f"covariance: {n_images:,} images in {moments.count()} folds")
+
+
+def sum_blocks(files: DataFrame, max_blocks: int) -> DataFrame:
+    """PARTIAL, one row for each fold of each block of files.
+
+    A block is some files in a row, summed up in the order of their names, and how many follows from the number of files:
+    sums of floating-point numbers must not depend on how many cores there are. The files are read here and not by Spark,
+    which would take longer to hand the rows over one by one than to multiply them.
+    """
+    per_block = math.ceil(files.select("path").count() / max_blocks)
+    number = F.regexp_extract("path", r"part-(\d+)\.parquet$", 1).cast("int")
+    return (
+        files.select(F.floor(number / per_block).cast("int").alias("block"), "path", "content")
+        .repartition(max_blocks, "block")
+        .sortWithinPartitions("block", "path")
+        .mapInArrow(sum_files, PARTIAL)
+    )
+
+
+def sum_files(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The moments of each block: content of files, ordered by block and name, to rows of PARTIAL."""
+    rows = (row for batch in batches for row in batch.to_pylist())
+    with threadpool_limits(1):
+        for block, files in groupby(rows, key=lambda row: row["block"]):
+            total: dict[int, Moments] = {}
+            for file in files:
+                table = pq.read_table(io.BytesIO(file["content"]), columns=FEATURES.names)
+                fold = table["fold"].to_numpy()
+                features = to_matrix(table["features"])
+                for each in np.unique(fold):
+                    part = moments_of(features[fold == each])
+                    total[each] = merge(total[each], part) if each in total else part
+            for each, moments in total.items():
+                yield to_batch({"block": block, "fold": each}, moments, PARTIAL)
+
+
+def merge_blocks(partial: DataFrame) -> DataFrame:
+    """MOMENTS, one row for each fold, its blocks merged in their order."""
+
+    def merge_all(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for fold, blocks in groupby(rows, key=lambda row: row["fold"]):
+            yield to_batch({"fold": fold}, functools.reduce(merge, map(from_row, blocks)), MOMENTS)
+
+    return partial.repartition(1).sortWithinPartitions("fold", "block").mapInArrow(merge_all, MOMENTS)
+
+
+def moments_of(features: np.ndarray) -> Moments:
+    """Moments of the rows of a float32 array of shape (n, n_features), in float64.
+
+    Raises
+    ------
+    ValueError
+        a feature is not a finite number
+    """
+    if not np.isfinite(features).all():
+        raise ValueError(f"{np.sum(~np.isfinite(features).all(axis=1))} of {len(features)} feature vectors are not finite")
+    wide = features.astype(np.float64)
+    mean = wide.mean(axis=0)
+    wide -= mean
+    return Moments(len(wide), mean, wide.T @ wide)
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the rows of both (Chan, Golub and LeVeque 1979, "Updating formulae", equation 2.1)."""
+    n = a.n + b.n
+    shift = b.mean - a.mean
+    scatter = a.scatter + b.scatter
+    scatter += np.outer(shift, shift) * (a.n * b.n / n)
+    return Moments(n, a.mean + shift * (b.n / n), scatter)
+
+
+def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of equal length as an array of shape (n_rows, length)."""
+    return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1)
+
+
+def to_batch(keys: dict[str, int], moments: Moments, schema: T.StructType) -> pa.RecordBatch:
+    values = {**keys, "n": moments.n, "mean": moments.mean.tobytes(), "scatter": moments.scatter.tobytes()}
+    return pa.RecordBatch.from_pylist([values], schema=to_arrow_schema(schema))
+
+
+def from_row(row: dict[str, bytes]) -> Moments:
+    mean = np.frombuffer(row["mean"])
+    return Moments(int(row["n"]), mean, np.frombuffer(row["scatter"]).reshape(mean.size, mean.size))
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("features")
+    parser.add_argument("output")
+    parser.add_argument("--max_blocks", type=int, required=True, help="partial sums, at most")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

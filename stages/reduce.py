@@ -1,0 +1,245 @@
+"""reduce: principal component analysis of the features, from their covariance alone.
+
+usage: reduce.py FEATURES COVARIANCE OUTPUT --k 64 --scale none
+
+reads   FEATURES    files of FEATURES
+        COVARIANCE  MOMENTS
+writes  OUTPUT/model/components  COMPONENTS, k rows
+        OUTPUT/model/scaling     SCALING, one row for each feature
+        OUTPUT/model/spectrum    SPECTRUM, one row for each component there is
+        OUTPUT/embeddings        EMBEDDINGS, one row for each row of FEATURES
+
+An embedding is ((features - mean) / scale) @ components.T, as scikit-learn has it. (pyspark.ml.feature.PCAModel does not
+subtract the mean.)
+"""
+
+import argparse
+import io
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyspark.sql import DataFrame, Row, SparkSession
+from pyspark.sql import types as T
+from threadpoolctl import threadpool_limits
+
+MOMENTS = T.StructType(
+    [
+        T.StructField("fold", T.IntegerType()),
+        T.StructField("n", T.LongType()),
+        T.StructField("mean", T.BinaryType()),  # float64, little-endian, of shape (n_features,)
+        T.StructField("scatter", T.BinaryType()),  # float64, little-endian, of shape (n_features, n_features)
+    ]
+)
+FEATURES = T.StructType(
+    [
+        T.StructField("image_id", T.StringType()),
+        T.StructField("path", T.StringType()),
+        T.StructField("label", T.StringType()),
+        T.StructField("features", T.ArrayType(T.FloatType())),
+    ]
+)
+EMBEDDINGS = T.StructType([*FEATURES.fields[:-1], T.StructField("embedding", T.ArrayType(T.FloatType()))])
+SPECTRUM = T.StructType(
+    [
+        T.StructField("component", T.IntegerType()),  # from 1, by falling variance
+        T.StructField("explained_variance", T.DoubleType()),
+        T.StructField("explained_variance_ratio", T.DoubleType()),  # share of the whole variance, 0 to 1
+        T.StructField("cumulative_explained_variance_ratio", T.DoubleType()),
+    ]
+)
+COMPONENTS = T.StructType([*SPECTRUM.fields, T.StructField("weights", T.ArrayType(T.DoubleType()))])
+SCALING = T.StructType(
+    [
+        T.StructField("feature", T.IntegerType()),  # from 0, its place in features
+        T.StructField("mean", T.DoubleType()),
+        T.StructField("scale", T.DoubleType()),
+    ]
+)
+SCALES = ("none", "standard")
+
+
+class PCA(NamedTuple):
+    """Principal components of n rows, all that there are."""
+
+    mean: np.ndarray  # (n_features,)
+    scale: np.ndarray  # (n_features,)
+    components: np.ndarray  # (n_components, n_features), orthonormal rows
+    explained_variance: np.ndarray  # (n_components,), falling
+    rank: int
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    spark = (
+        SparkSession.builder.appName("reduce")
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # a row is a whole file
+        .config("spark.sql.execution.arrow.pyspark.enabled", True)
+        .config("spark.sql.adaptive.enabled", False)
+        .getOrCreate()
+    )
+    n, mean, scatter = total_moments(spark.read.schema(MOMENTS).parquet(args.covariance).collect())
+    with threadpool_limits(1):  # LAPACK's last bits depend on the number of its threads
+        pca = fit(n, mean, scatter, args.scale)
+    spectrum = spectrum_of(pca.explained_variance)
+    k = choose_k(args.k, spectrum["cumulative_explained_variance_ratio"].to_numpy(), pca.rank)
+    components = spectrum[:k].assign(weights=list(pca.components[:k]))
+    scaling = pd.DataFrame({"feature": range(mean.size), "mean": pca.mean, "scale": pca.scale})
+    for name, table, schema in (
+        ("components", components, COMPONENTS),
+        ("scaling", scaling, SCALING),
+        ("spectrum", spectrum, SPECTRUM),
+    ):
+        spark.createDataFrame(table, schema).repartition(1).sortWithinPartitions(schema.names[0]).write.parquet(
+            f"{args.output}/model/{name}"
+        )
+
+    files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet").select("path", "content")
+    n_files = files.select("path").count()
+    (
+        project_files(files, pca.mean, pca.scale, pca.components[:k])
+        .repartition(n_files, "image_id")
+        .sortWithinPartitions("image_id", "path")
+        .write.parquet(f"{args.output}/embeddings")
+    )
+    kept = components["cumulative_explained_variance_ratio"].iloc[-1]
+    print(f"reduce: {n:,} images from {mean.size:,} features to {k:,}, which keep {kept:.1%} of the variance")
+
+
+def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, components: np.ndarray) -> DataFrame:
+    """EMBEDDINGS, one row for each row of the files.
+
+    The files are read here and not by Spark, which would take longer to hand the rows over one by one than to multiply them.
+    """
+
+    def project_all(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        with threadpool_limits(1):
+            for batch in batches:
+                for content in batch["content"]:
+                    table = pq.read_table(io.BytesIO(content.as_py()), columns=FEATURES.names)
+                    embedding = project(to_matrix(table["features"]), mean, scale, components)
+                    offsets = np.arange(len(table) + 1, dtype=np.int32) * len(components)
+                    lists = pa.ListArray.from_arrays(offsets, embedding.ravel())
+                    yield from (
+                        table.drop_columns("features").append_column("embedding", lists).combine_chunks().to_batches()
+                    )
+
+    return files.mapInArrow(project_all, EMBEDDINGS)
+
+
+def total_moments(folds: list[Row]) -> tuple[int, np.ndarray, np.ndarray]:
+    """Number, mean (n_features,) and scatter matrix (n_features, n_features) of all folds together."""
+    folds = sorted(folds, key=lambda row: row.fold)
+    means = np.stack([np.frombuffer(row["mean"]) for row in folds])
+    counts = np.array([row.n for row in folds])
+    mean = np.average(means, axis=0, weights=counts)
+    shifts = (means - mean) * np.sqrt(counts)[:, None]
+    within = sum(np.frombuffer(row.scatter).reshape(mean.size, mean.size) for row in folds)
+    return int(counts.sum()), mean, within + shifts.T @ shifts
+
+
+def fit(n: int, mean: np.ndarray, scatter: np.ndarray, scale: str) -> PCA:
+    """Principal components of n rows that have this mean and scatter matrix.
+
+    Parameters
+    ----------
+    scale : "none", or "standard" to divide each feature by its standard deviation (ddof 1) first; a constant one by 1
+
+    Raises
+    ------
+    SystemExit
+        there are fewer than two rows
+    """
+    if n < 2:
+        raise SystemExit(f"reduce: {n} image; a covariance needs at least 2")
+    deviation = np.sqrt(np.diag(scatter) / (n - 1))
+    divisor = np.where(deviation > 0, deviation, 1.0) if scale == "standard" else np.ones_like(mean)
+    variance, vectors = np.linalg.eigh(scatter / np.outer(divisor, divisor) / (n - 1))
+    variance = np.clip(variance[::-1], 0.0, None)
+    rank = min(n - 1, int(np.sum(variance > variance[0] * mean.size * np.finfo(np.float64).eps)))
+    return PCA(mean, divisor, fix_signs(vectors.T[::-1]), variance, rank)
+
+
+def fix_signs(components: np.ndarray) -> np.ndarray:
+    """The same directions, each with its largest weight positive; LAPACK leaves the sign to chance."""
+    largest = np.abs(components).argmax(axis=1)
+    signs = np.where(components[np.arange(len(components)), largest] < 0, -1.0, 1.0)
+    return components * signs[:, None]
+
+
+def spectrum_of(explained_variance: np.ndarray) -> pd.DataFrame:
+    ratio = explained_variance / (explained_variance.sum() or 1.0)
+    return pd.DataFrame(
+        {
+            "component": range(1, ratio.size + 1),
+            "explained_variance": explained_variance,
+            "explained_variance_ratio": ratio,
+            "cumulative_explained_variance_ratio": np.minimum(ratio.cumsum(), 1.0),
+        }
+    )
+
+
+def choose_k(k: int | float, cumulative: np.ndarray, rank: int) -> int:
+    """The number of components: k itself, or the fewest that keep the share k of the variance.
+
+    Raises
+    ------
+    SystemExit
+        k is more than rank
+    """
+    if isinstance(k, float):
+        return min(rank, int(np.searchsorted(cumulative, k)) + 1)
+    if k > rank:
+        raise SystemExit(f"reduce: k={k:,} but these features vary in {rank:,} directions only; k can be 1 to {rank:,}")
+    return k
+
+
+def project(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, components: np.ndarray) -> np.ndarray:
+    """Coordinates of the features on the components.
+
+    Parameters
+    ----------
+    features : float32 array of shape (n_images, n_features)
+    mean, scale : float64 arrays of shape (n_features,)
+    components : float64 array of shape (n_components, n_features)
+
+    Returns
+    -------
+    float32 array of shape (n_images, n_components), ``((features - mean) / scale) @ components.T``
+    """
+    return (((features - mean) / scale) @ components.T).astype(np.float32)
+
+
+def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of equal length as an array of shape (n_rows, length)."""
+    return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1)
+
+
+def count_or_share(text: str) -> int | float:
+    """A whole number of 1 or more, or a share between 0 and 1."""
+    try:
+        k = int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError:
+        k = 0
+    if (isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k < 1):
+        return k
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is neither a number of components, 1 or more, nor a share of the variance, between 0 and 1"
+    )
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("features")
+    parser.add_argument("covariance")
+    parser.add_argument("output")
+    parser.add_argument("--k", type=count_or_share, required=True, help="components, or the share of variance to keep")
+    parser.add_argument("--scale", choices=SCALES, required=True, help="what features are divided by")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
