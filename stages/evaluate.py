@@ -1,0 +1,279 @@
+"""evaluate: what the reduction costs, told by tests that do not flatter.
+
+usage: evaluate.py INGESTED FEATURES COVARIANCE REDUCED OUTPUT --max_images 12000 --curve 2 4 8 16
+
+reads   INGESTED/images, INGESTED/quarantine, FEATURES, COVARIANCE, REDUCED/model
+writes  OUTPUT/metrics.json     counts, explained variance, accuracies
+        OUTPUT/summary.txt      the same for people
+        OUTPUT/spectrum.csv     component, explained_variance_ratio, cumulative_explained_variance_ratio
+        OUTPUT/accuracy.csv     k, embedding, features, pixels: accuracy of the nearest neighbour
+        OUTPUT/labels.csv       label, n_images, recall
+        OUTPUT/predictions.csv  path, label, predicted: each image tested, by its nearest neighbour in the embedding
+
+Photographs of one object from one side are nearly equal, so a random split measures nothing. Here a group of them is in one
+fold only; all is fitted on one fold, PCA too, and tested on the other, then the other way round. Beside the accuracy of the
+embedding stand that of the full feature space and that of 16 x 16 raw pixels, the floor.
+
+Runs without Spark, in bounded memory: counts come from all images, accuracies from max_images of them, chosen by SHA-256.
+"""
+
+import argparse
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+
+THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
+SPACES = ("embedding", "features", "pixels")
+ROWS = 1024  # of a distance matrix, at once
+
+
+class Moments(NamedTuple):
+    """Of the features of one fold, as the stage covariance has them."""
+
+    n: int
+    mean: np.ndarray  # float64, (n_features,)
+    scatter: np.ndarray  # float64, (n_features, n_features)
+
+
+class Basis(NamedTuple):
+    """Principal components of one fold, as the stage reduce has them."""
+
+    mean: np.ndarray  # (n_features,)
+    scale: np.ndarray  # (n_features,)
+    components: np.ndarray  # (n_components, n_features), orthonormal rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    spectrum = read(f"{args.reduced}/model/spectrum").drop(columns="explained_variance")
+    k = len(read(f"{args.reduced}/model/components", ["component"]))
+    is_scaled = bool((read(f"{args.reduced}/model/scaling")["scale"] != 1).any())
+    images = read(args.features, ["image_id", "label", "group"])
+    moments = read_moments(args.covariance)
+    sample = read_sample(args.ingested, args.features, len(images), args.max_images)
+
+    # One thread for each fold, and one of BLAS in it: the last bits of a result depend on the number of BLAS's threads.
+    with threadpool_limits(1), ThreadPoolExecutor() as pool:
+        both = pool.map(lambda fold: evaluate_fold(sample, moments, fold, k, args.curve, is_scaled), (0, 1))
+        folds = [fold for fold in both if fold]
+
+    metrics: dict[str, Any] = {
+        "images": count_images(images, args.ingested),
+        "variance": variance(spectrum["cumulative_explained_variance_ratio"].to_numpy(), k),
+    }
+    predictions = pd.DataFrame({"path": [], "label": [], "predicted": []})
+    accuracy = pd.DataFrame({"k": [], "embedding": [], "features": [], "pixels": []})
+    if folds:
+        metrics["variance"]["held_out_error"] = rounded(np.mean([fold["held_out_error"] for fold in folds]))
+        for score in ("nearest_neighbour", "linear_probe"):
+            metrics[score] = {space: rounded(np.mean([fold[score][space] for fold in folds])) for space in SPACES}
+        metrics["tested"] = {"images": sum(len(fold["predictions"]) for fold in folds), "folds": len(folds)}
+        predictions = pd.concat([fold["predictions"] for fold in folds]).sort_values("path")
+        accuracy = pd.concat([fold["curve"] for fold in folds]).groupby("k", as_index=False).mean().round(4)
+    hits = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"])
+    labels = hits.agg(n_images="size", recall="mean").round(4).reset_index()
+
+    partial = Path(f"{args.output}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (partial / "summary.txt").write_text(summary(metrics, args))
+    for name, table in (
+        ("spectrum", spectrum),
+        ("accuracy", accuracy),
+        ("labels", labels),
+        ("predictions", predictions),
+    ):
+        table.to_csv(partial / f"{name}.csv", index=False)
+    shutil.rmtree(args.output, ignore_errors=True)
+    partial.rename(args.output)
+    print(f"evaluate: {len(predictions):,} images tested, k={k}; see {args.output}/summary.txt")
+
+
+def evaluate_fold(
+    sample: pd.DataFrame, moments: dict[int, Moments], test_fold: int, k: int, curve: list[int], is_scaled: bool
+) -> dict[str, Any] | None:
+    """All that is measured on one fold with what is fitted on the other; None where either has no image.
+
+    Images whose label the other fold does not have cannot be recognised, and are left out.
+    """
+    train = sample[sample["fold"] != test_fold]
+    test = sample[(sample["fold"] == test_fold) & sample["label"].isin(train["label"])]
+    if train.empty or test.empty:
+        return None
+    basis = fit(moments[1 - test_fold], is_scaled)
+    k = min(k, len(basis.components))
+    ks = sorted({*(each for each in curve if each <= len(basis.components)), k})
+    largest = basis._replace(components=basis.components[: ks[-1]])
+
+    features, pixels = ((np.stack(train[space]), np.stack(test[space])) for space in ("features", "pixels"))
+    embedding = (project(features[0], largest), project(features[1], largest))
+    labels, truth = train["label"].to_numpy(), test["label"].to_numpy()
+    by_k = nearest_labels(*embedding, labels, ks)
+    predicted = {
+        "embedding": by_k[k],
+        "features": nearest_labels(*features, labels),
+        "pixels": nearest_labels(*pixels, labels),
+    }
+    accuracy = {space: float(np.mean(each == truth)) for space, each in predicted.items()}
+    return {
+        "held_out_error": held_out_error(moments[test_fold], basis, k),
+        "nearest_neighbour": accuracy,
+        "linear_probe": {
+            "embedding": linear_probe(embedding[0][:, :k], embedding[1][:, :k], labels, truth),
+            "features": linear_probe(*features, labels, truth),
+            "pixels": linear_probe(*pixels, labels, truth),
+        },
+        "curve": pd.DataFrame([{"k": each, **accuracy, "embedding": np.mean(by_k[each] == truth)} for each in ks]),
+        "predictions": pd.DataFrame({"path": test["path"], "label": truth, "predicted": predicted["embedding"]}),
+    }
+
+
+def fit(moments: Moments, is_scaled: bool) -> Basis:
+    """Principal components of one fold: those of the stage reduce, of the fold alone."""
+    n, mean, scatter = moments
+    deviation = np.sqrt(np.diag(scatter) / max(n - 1, 1))
+    scale = np.where(deviation > 0, deviation, 1.0) if is_scaled else np.ones_like(mean)
+    variance, vectors = np.linalg.eigh(scatter / np.outer(scale, scale))
+    rank = max(1, int(np.sum(variance > variance[-1] * mean.size * np.finfo(np.float64).eps)))
+    return Basis(mean, scale, vectors.T[::-1][: min(rank, max(n - 1, 1))])
+
+
+def project(features: np.ndarray, basis: Basis) -> np.ndarray:
+    return (((features - basis.mean) / basis.scale) @ basis.components.T).astype(np.float32)
+
+
+def held_out_error(test: Moments, basis: Basis, k: int) -> float:
+    """Share of the variance of the test fold about the training fold's mean that k components lose; exact, of all images."""
+    shift = (test.mean - basis.mean) / basis.scale
+    about = test.scatter / np.outer(basis.scale, basis.scale) + test.n * np.outer(shift, shift)
+    components = basis.components[:k]
+    kept = np.einsum("kd,kd->", components @ about, components)
+    return float(1 - kept / np.trace(about))
+
+
+def nearest_labels(train: np.ndarray, test: np.ndarray, labels: np.ndarray, ks: list[int] | None = None) -> Any:
+    """The label of each test row's nearest training row (Euclidean).
+
+    Returns
+    -------
+    array of shape (n_test,); where ks is given (rising), a dict of such an array for the first k columns, for each k
+    """
+    widths = ks or [train.shape[1]]
+    nearest: dict[int, list[np.ndarray]] = {width: [] for width in widths}
+    for start in range(0, len(test), ROWS):
+        some = test[start : start + ROWS]
+        distance = np.zeros((len(some), len(train)), np.float32)
+        for done, width in zip([0, *widths], widths, strict=False):  # distances add up over columns
+            columns = slice(done, width)
+            distance += (train[:, columns] ** 2).sum(axis=1) - 2 * some[:, columns] @ train[:, columns].T
+            nearest[width].append(labels[distance.argmin(axis=1)])
+    by_width = {width: np.concatenate(parts) for width, parts in nearest.items()}
+    return by_width if ks else by_width[widths[0]]
+
+
+def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth: np.ndarray) -> float:
+    """Accuracy of logistic regression, scaled so that one penalty suits spaces of any unit."""
+    if len(set(labels)) < 2:
+        return float(np.mean(truth == labels[0]))
+    mean = train.mean(axis=0)
+    spread = np.sqrt(((train - mean) ** 2).sum(axis=1).mean()) or 1.0
+    probe = LogisticRegression(C=100.0, max_iter=500).fit((train - mean) / spread, labels)
+    return float(probe.score((test - mean) / spread, truth))
+
+
+def read_sample(ingested: str, features: str, n_images: int, max_images: int) -> pd.DataFrame:
+    """Distinct images: path, label, fold, features and pixels, float32 arrays; about max_images, chosen by SHA-256."""
+    share = min(1.0, max_images / max(n_images, 1))
+    # SHA-256 is uniform: the share of images whose hash begins below this is the share asked for.
+    chosen = pc.field("image_id") < f"{int(share * 16**8):08x}" if share < 1 else pc.field("image_id").is_valid()
+    rows = ds.dataset(features, format="parquet").to_table(["image_id", "path", "label", "fold", "features"], filter=chosen)
+    pixels = ds.dataset(f"{ingested}/images", format="parquet").to_table(["image_id", "thumbnail"], filter=chosen)
+    thumbnails = pixels.to_pandas().drop_duplicates("image_id").set_index("image_id")["thumbnail"]
+    # One row for each distinct image: with a copy of it in the other fold, a nearest neighbour proves nothing.
+    sample = rows.to_pandas().sort_values(["image_id", "path"]).drop_duplicates("image_id")
+    return sample.assign(
+        pixels=[np.frombuffer(thumbnails[each], np.uint8).astype(np.float32) for each in sample["image_id"]]
+    )
+
+
+def read_moments(covariance: str) -> dict[int, Moments]:
+    rows = read(covariance).itertuples()
+    return {
+        row.fold: Moments(row.n, np.frombuffer(row.mean), np.frombuffer(row.scatter).reshape(-1, len(row.mean) // 8))
+        for row in rows
+    }
+
+
+def read(folder: str, columns: list[str] | None = None) -> pd.DataFrame:
+    return ds.dataset(folder, format="parquet").to_table(columns).to_pandas()
+
+
+def count_images(images: pd.DataFrame, ingested: str) -> dict[str, int]:
+    n_labels = images.groupby("image_id")["label"].nunique()
+    return {
+        "images": len(images),
+        "labels": images["label"].nunique(),
+        "groups": images["group"].nunique(),
+        "quarantined": ds.dataset(f"{ingested}/quarantine", format="parquet").count_rows(),
+        "duplicates": len(images) - len(n_labels),
+        "label_conflicts": int((n_labels > 1).sum()),
+    }
+
+
+def variance(cumulative: np.ndarray, k: int) -> dict[str, float]:
+    """What k components keep, and how many keep 80, 90, 95 and 99 %."""
+    needed = {f"k{threshold:.0%}".rstrip("%"): int(np.searchsorted(cumulative, threshold)) + 1 for threshold in THRESHOLDS}
+    return {"components": k, "explained": rounded(cumulative[k - 1]), **needed}
+
+
+def rounded(value: Any) -> float:
+    return round(float(value), 4)
+
+
+def summary(metrics: dict[str, Any], args: argparse.Namespace) -> str:
+    images, kept = metrics["images"], metrics["variance"]
+    lines = [
+        f"{images['images']:,} images of {images['labels']:,} labels ({images['quarantined']:,} files quarantined, "
+        f"{images['duplicates']:,} duplicates, {images['label_conflicts']:,} of them under two labels)",
+        f"{kept['components']:,} components keep {kept['explained']:.1%} of the variance "
+        f"(80 %: {kept['k80']:,}, 90 %: {kept['k90']:,}, 95 %: {kept['k95']:,}, 99 %: {kept['k99']:,})",
+        "",
+    ]
+    if "nearest_neighbour" not in metrics:
+        lines.append("No accuracy: all images are in one fold; see fold_pattern in params.yaml.")
+    else:
+        lines += [
+            "Accuracy, trained on one fold and tested on the other   embedding   features   raw pixels",
+            *(
+                f"  {name:<52}" + "".join(f"{metrics[key][space]:>11.1%}" for space in SPACES)
+                for name, key in (("nearest neighbour", "nearest_neighbour"), ("linear probe", "linear_probe"))
+            ),
+        ]
+    lines += ["", f"features: {args.features}   model and embeddings: {args.reduced}   figures: {args.output}"]
+    return "\n".join(lines) + "\n"
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ingested")
+    parser.add_argument("features")
+    parser.add_argument("covariance")
+    parser.add_argument("reduced")
+    parser.add_argument("output")
+    parser.add_argument("--max_images", type=int, required=True, help="images tested, about, at most")
+    parser.add_argument("--curve", type=int, nargs="+", required=True, help="k, for the curve of accuracy")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
