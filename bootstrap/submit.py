@@ -1,0 +1,220 @@
+"""Run one stage with spark-submit and publish what it wrote.
+
+usage: submit.py [--dry_run] STAGE INPUT... OUTPUT [--FLAG VALUE ...]
+       submit.py --check
+
+All that follows STAGE is the stage's own command line. The stage writes beside OUTPUT; only when it has ended well does
+OUTPUT appear, whole, with nothing in it but part-00000.parquet, part-00001.parquet and so on. Exits as the stage does.
+
+Where it runs is no parameter of a stage and enters no dvc.lock. It is read from the environment:
+
+SPARK_TARGET         local (this machine)
+SPARK_MASTER         local[*] unless set; any master that spark-submit takes
+SPARK_DRIVER_MEMORY  a quarter of this machine's memory unless set
+FEATURE_CACHE        .dvc/tmp/feature-cache unless set; the folder (or s3:// prefix) where features are kept for reuse
+
+--dry_run prints the spark-submit command line; --check only looks whether this machine can run a stage.
+"""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, cast
+
+BOOTSTRAP = Path(__file__).resolve().parent
+JAVA_VERSIONS = (17, 21)  # what Spark 4.0 runs on
+# Greetings of Java and of TensorFlow that no log level silences.
+NOISE = re.compile(rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f")
+HINTS = {
+    b"No space left on device": "the disk is full: free some space, or set SPARK_LOCAL_DIRS to another for Spark's files",
+    b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
+}
+
+
+class Job(NamedTuple):
+    """One stage's command line: places, then parameters."""
+
+    stage: str
+    inputs: list[str]
+    output: str
+    flags: list[str]
+
+
+def main(argv: list[str]) -> int:
+    if argv == ["--check"]:
+        check_java()
+        return 0
+    dry_run = argv[:1] == ["--dry_run"]
+    job = parse(argv[dry_run:])
+    target = os.environ.get("SPARK_TARGET", "local")
+    if target not in TARGETS:
+        raise SystemExit(f"submit: SPARK_TARGET is {target!r}; it can be {', '.join(TARGETS)}")
+    return TARGETS[target](job, dry_run)
+
+
+def run_local(job: Job, dry_run: bool) -> int:
+    """Run the stage on this machine's cores."""
+    partial = beside(job.output, "partial")
+    failed = beside(job.output, "failed")
+    command = spark_submit(job._replace(output=str(partial)), os.environ)
+    if dry_run:
+        print(shlex.join(command))
+        return 0
+    check_java()
+    for leftover in (partial, failed):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    status = stream(command, spark_environment(os.environ))
+    tables = [marker.parent for marker in partial.rglob("_SUCCESS")]
+    for table in tables:
+        tidy(table)
+    if status == 0:
+        shutil.rmtree(job.output, ignore_errors=True)
+        partial.rename(job.output)
+    elif tables:
+        for table in tables:
+            (failed / table.relative_to(partial)).parent.mkdir(parents=True, exist_ok=True)
+            table.rename(failed / table.relative_to(partial))
+        print(f"submit: the tables that were whole when it failed are in {failed}", file=sys.stderr)
+    shutil.rmtree(partial, ignore_errors=True)
+    return status
+
+
+TARGETS = {"local": run_local}
+
+
+def parse(argv: list[str]) -> Job:
+    n_places = next((i for i, argument in enumerate(argv) if argument.startswith("--")), len(argv))
+    if n_places < 2:
+        raise SystemExit((__doc__ or "").partition("\n\n")[2].partition("\n\n")[0])
+    stage, *inputs, output = argv[:n_places]
+    return Job(stage, inputs, output, argv[n_places:])
+
+
+def beside(output: str, suffix: str) -> Path:
+    path = Path(output)
+    return path.with_name(f"{path.name}.{suffix}")
+
+
+def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
+    """The command line that runs the job on this machine."""
+    root = environment.get("DVC_ROOT", ".")  # DVC's experiments in temporary folders share the cache of their origin
+    settings = {
+        "spark.featurize.cache": environment.get("FEATURE_CACHE", f"{root}/.dvc/tmp/feature-cache"),
+        "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
+    }
+    return [
+        str(Path(sys.executable).with_name("spark-submit")),
+        *("--master", environment.get("SPARK_MASTER", "local[*]")),
+        *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY", f"{memory_mb() // 4}m")),
+        *(part for key, value in settings.items() for part in ("--conf", f"{key}={value}")),
+        job.stage,
+        *job.inputs,
+        job.output,
+        *job.flags,
+    ]
+
+
+def spark_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What spark-submit and its children see: our Spark configuration, this Python, names of files in UTF-8."""
+    own = {
+        "SPARK_CONF_DIR": str(BOOTSTRAP),
+        "PYSPARK_PYTHON": sys.executable,
+        "PYSPARK_DRIVER_PYTHON": sys.executable,
+        "PYTHONUNBUFFERED": "1",
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    # Java reads the names of files by the locale; in the plain C locale it cannot open one that has an accent.
+    if "UTF" not in (environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "").upper():
+        own["LC_ALL"] = "C.UTF-8"
+    return {**environment, **own}
+
+
+def stream(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run the command, pass its output on as it comes, and end it with all its children when we are told to end."""
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    errors = cast(BinaryIO, process.stderr)
+    # Whole lines where they are kept; on a terminal as they come, for Spark's progress bar ends none.
+    read = errors.read1 if sys.stderr.isatty() else errors.readline  # type: ignore[attr-defined]
+    hints = set()
+    try:
+        while chunk := read():
+            hints |= {hint for sign, hint in HINTS.items() if sign in chunk}
+            if not NOISE.search(chunk):
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.flush()
+        status = process.wait()
+    except KeyboardInterrupt:
+        print("\nsubmit: interrupted; stopping Spark", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    finally:
+        end(process)
+    for hint in sorted(hints if status else ()):
+        print(f"submit: {hint}", file=sys.stderr)
+    return status
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its children, whatever state they are in."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=10)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def tidy(table: Path) -> None:
+    """Leave nothing in a table's folder but its parts, with bytes and names that follow from their rows alone.
+
+    parquet-java writes some lists of a footer in the order of identity hashes, so that equal tables differ by a few bytes
+    (apache/parquet-java 3215), and names its version. Written again by pyarrow, a table is the same file whatever Spark
+    it came from.
+    """
+    import pyarrow.parquet as pq  # not needed, and perhaps not there yet, for --check
+
+    for part in sorted(table.glob("part-*.parquet")):
+        name = "-".join(part.name.split("-")[:2])
+        rows = pq.read_table(part).replace_schema_metadata()
+        pq.write_table(rows, table / f"{name}.parquet", compression="snappy", use_dictionary=False, row_group_size=2048)
+        part.unlink()
+    for other in [*table.glob("_*"), *table.glob(".*")]:
+        other.unlink()
+
+
+def check_java() -> None:
+    java = Path(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
+    wanted = f"Spark needs Java {' or '.join(map(str, JAVA_VERSIONS))}"
+    advice = (
+        "Install one (Debian, Ubuntu: apt install openjdk-17-jre-headless; macOS: brew install openjdk@17) or set JAVA_HOME."
+    )
+    try:
+        said = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"submit: {wanted}, and `{java}` cannot be run ({error}). {advice}") from error
+    version = re.search(r'version "(?:1\.)?(\d+)', said)
+    if not version or int(version[1]) not in JAVA_VERSIONS:
+        raise SystemExit(f"submit: {wanted}, and `{java}` is: {said.splitlines()[0]}. {advice}")
+
+
+def memory_mb() -> int:
+    """MiB of memory of this machine, or of the container it runs in."""
+    n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        n_bytes = min(n_bytes, int(text))
+    return n_bytes // 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
