@@ -1,0 +1,83 @@
+"""The whole pipeline on few images, as a stranger runs it: dvc in a fresh clone, without a git identity."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+PYTHON = Path(sys.executable)
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ
+        | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "SPARK_DRIVER_MEMORY": "1g"}
+        # Nobody's name and settings, as on a new machine.
+        | {"HOME": str(cwd), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository with four photographs of each film, committed, and the pipeline run once."""
+    folder = tmp_path_factory.mktemp("clone") / "repository"
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    params = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(params.replace("frames: 36", "frames: 4").replace("  k: 64", "  k: 8"))
+    run("git", "init", "--quiet", cwd=folder)
+    run("dvc", "repro", cwd=folder, SPARK_MASTER="local[2]")
+    run("git", "add", "--all", cwd=folder)
+    run("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "First", cwd=folder)
+    return folder
+
+
+def forget(clone: Path) -> None:
+    """Delete every output and every trace of how it was made."""
+    for name in (".dvc/cache", ".dvc/tmp", "data/sample", "data/backbone", "data/ingested", "data/features"):
+        shutil.rmtree(clone / name)
+    for name in ("data/covariance", "data/reduced", "reports/evaluation"):
+        shutil.rmtree(clone / name)
+
+
+def test_a_second_run_has_nothing_to_do(clone: Path) -> None:
+    assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == 7
+
+
+@pytest.mark.parametrize("master", ["local[1]", "local-cluster[2,1,1024]"])
+def test_the_same_bytes_on_any_number_of_cores_and_executors(clone: Path, master: str) -> None:
+    before = (clone / "dvc.lock").read_text()
+    forget(clone)
+    (clone / "dvc.lock").unlink()
+    run("dvc", "repro", cwd=clone, SPARK_MASTER=master)
+    assert yaml.safe_load((clone / "dvc.lock").read_text()) == yaml.safe_load(before)
+
+
+def test_another_k_runs_reduce_and_evaluate_only(clone: Path) -> None:
+    said = run("dvc", "exp", "run", "-S", "reduce.k=4", cwd=clone)
+    assert [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")] == ["reduce", "evaluate"]
+
+
+def test_metrics_diff_shows_what_another_k_costs(clone: Path) -> None:
+    run("dvc", "exp", "run", "-S", "reduce.k=2", cwd=clone)
+    lines = [line.split() for line in run("dvc", "metrics", "diff", cwd=clone).splitlines()]
+    assert ["reports/evaluation/metrics.json", "variance.components", "8", "2", "-6"] in lines
