@@ -2,15 +2,16 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint check
+.PHONY: help run test test-slow lint cache-info cache-clear check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-run: .venv/run ## images to features, PCA and its metrics; only what changed is computed
+run: .venv/run identity ## images to features, PCA and its metrics; only what changed is computed
 	@dvc repro
 	@printf '\n'; cat reports/evaluation/summary.txt
 	@printf '\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       dvc exp show --drop ".*" --keep "Experiment|reduce.k|explained|embedding"\n'
@@ -23,6 +24,17 @@ test-slow: .venv/dev ## the rest: the whole pipeline, real networks, killed runs
 
 lint: .venv/dev ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy
+
+cache-info: ## what the feature cache holds, and how large it is
+	@for folder in $(CACHE)/*/; do test -f $$folder/about.json || continue; \
+	  du -sh $$folder; grep -E '"(name|batch_size|precision)"' $$folder/about.json; done
+
+cache-clear: ## empty the feature cache; what is wanted again is computed again
+	rm -rf $(CACHE)
+
+identity: # DVC's experiments are commits, and git makes none of nobody
+	@git config user.email > /dev/null || { git config user.name "$${USER:-nobody}" && git config user.email "$${USER:-nobody}@localhost" \
+	  && echo "git knew no user.name and user.email; for this repository they are now $${USER:-nobody}"; }
 
 check: # what the machine must have, said before anything else fails
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit(f"Python 3.11, 3.12 or 3.13 is needed, and {sys.executable} is {sys.version.split()[0]}. Set PYTHON, as in: make PYTHON=python3.11 run")'

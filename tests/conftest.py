@@ -22,7 +22,12 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     # A stage runs as __main__, whose functions travel to the workers by value; imported here, they would by name.
     for stage in (ingest, featurize, covariance, reduce):
         cloudpickle.register_pickle_by_value(stage)
-    os.environ |= {"PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    os.environ |= {
+        "PYSPARK_PYTHON": sys.executable,
+        "LC_ALL": "C.UTF-8",
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
     session = (
         SparkSession.builder.master("local[2]")
         .config("spark.ui.enabled", False)

@@ -22,7 +22,7 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
         cwd=cwd,
         env=os.environ
         | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "SPARK_DRIVER_MEMORY": "1g"}
-        # Nobody's name and settings, as on a new machine.
+        # Nobody's settings, as on a new machine.
         | {"HOME": str(cwd), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
         | environment,
         stdout=subprocess.PIPE,
@@ -45,9 +45,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(params.replace("frames: 36", "frames: 4").replace("  k: 64", "  k: 8"))
     run("git", "init", "--quiet", cwd=folder)
+    run("make", "identity", cwd=folder)
     run("dvc", "repro", cwd=folder, SPARK_MASTER="local[2]")
     run("git", "add", "--all", cwd=folder)
-    run("git", "-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "--quiet", "-m", "First", cwd=folder)
+    run("git", "commit", "--quiet", "-m", "First", cwd=folder)
     return folder
 
 

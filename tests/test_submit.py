@@ -53,7 +53,7 @@ def run(stage: Path, what: str, **environment: str) -> subprocess.CompletedProce
 def test_the_command_line_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "memory_mb", lambda: 8192)
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
     job = submit.parse(["stages/reduce.py", "data/features", "data/covariance", "data/reduced", "--k", "64"])
     assert submit.spark_submit(job, {}) == json.loads((ROOT / "tests/golden/local.json").read_text())
 
@@ -166,7 +166,7 @@ def test_a_stage_that_ends_well_is_published_whole(stage: Path) -> None:
 def test_a_stage_that_fails_leaves_its_whole_tables_under_another_name(stage: Path) -> None:
     done = run(stage, "fail")
     left = sorted(path.name for path in stage.parent.iterdir())
-    assert (done.returncode, left, "on purpose" in done.stderr) == (1, ["out.failed", "stage.py"], True)
+    assert (done.returncode, left, "on purpose" in done.stdout) == (1, ["out.failed", "stage.py"], True)
     assert pq.read_table(stage.parent / "out.failed/first").num_rows == 100
 
 
