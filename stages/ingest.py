@@ -19,8 +19,10 @@ import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pyspark import StorageLevel
@@ -54,6 +56,7 @@ QUARANTINE = T.StructType(
     ]
 )
 REASONS = ("empty", "not_an_image", "too_large", "too_many_pixels", "truncated", "unreadable")
+FILES = "path string, length long, content binary"
 INSPECTED = T.StructType([*IMAGES.fields, *QUARANTINE.fields[2:]])  # reason is null where the file is an image
 ARROW_INSPECTED = to_arrow_schema(INSPECTED)
 
@@ -63,7 +66,17 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"RI
 THUMBNAIL = (16, 16)
 ORIENTATION = 0x0112  # EXIF tag
 # What Pillow's decoders raise on damaged files.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, KeyError, struct.error, MemoryError)
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    struct.error,
+    MemoryError,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,10 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         .config("spark.sql.sources.parallelPartitionDiscovery.threshold", 1000)
         .getOrCreate()
     )
-    files, n_files, n_ignored = find_files(spark, args.source)
+    files, paths, n_ignored = find_files(spark, args.source)
     inspected = inspect_files(
         files,
-        n_files,
+        args.source,
+        paths,
         max_bytes=args.max_file_mb * 2**20,
         max_pixels=args.max_pixels,
         group_pattern=args.group_pattern,
@@ -88,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     quarantine = inspected.where("reason IS NOT NULL").select(*QUARANTINE.names)
     quarantine.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/quarantine")
     counts = count(inspected)
-    if counts["n_quarantined"] > args.max_quarantine_ratio * counts["n_files"]:
+    if not counts["n_images"] or counts["n_quarantined"] > args.max_quarantine_ratio * counts["n_files"]:
         raise SystemExit(too_many_refused(quarantine, counts, args.max_quarantine_ratio))
 
     images = inspected.where("reason IS NULL").select(*IMAGES.names)
@@ -100,24 +114,24 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def find_files(spark: SparkSession, source: str) -> tuple[DataFrame, int, int]:
+def find_files(spark: SparkSession, source: str) -> tuple[DataFrame, list[str], int]:
     """Every file below source that is named like an image.
 
     Returns
     -------
-    DataFrame of path (relative to source), length (bytes) and content; the number of its rows; the number of other files
+    DataFrame of path (relative to source), length (bytes) and content; all paths, also those that the DataFrame has no row
+    of because they are empty or cannot be opened; the number of other files
 
     Raises
     ------
     SystemExit
         source does not exist, holds no file named like an image, or holds one outside any label's folder.
     """
-    jvm: Any = spark._jvm
-    folder = jvm.org.apache.hadoop.fs.Path(source)
-    file_system = folder.getFileSystem(spark._jsc.hadoopConfiguration())
-    if not file_system.exists(folder):
-        raise SystemExit(f"ingest: {source} does not exist. `images` in params.yaml names the folder of images.")
-    root = file_system.makeQualified(folder).toString().rstrip("/")
+    folder, file_system = hadoop_path(spark, source)
+    if not (file_system.exists(folder) and file_system.getFileStatus(folder).isDirectory()):
+        raise SystemExit(f"ingest: {source} is no folder. `images` in params.yaml names the folder of images.")
+    folder = file_system.makeQualified(folder)
+    root = folder.toString().rstrip("/")
     any_case = ["".join(f"[{letter}{letter.upper()}]" for letter in extension) for extension in EXTENSIONS]
     files = (
         spark.read.format("binaryFile")
@@ -129,24 +143,33 @@ def find_files(spark: SparkSession, source: str) -> tuple[DataFrame, int, int]:
         .load(re.sub(r"([\\{}\[\]*?])", r"\\\1", root))  # a folder's name, not a pattern
         .select(F.col("path").substr(len(root) + 2, 2**31 - 1).alias("path"), "length", "content")
     )
-    # Of the listing; no content is read.
-    unlabelled = F.when(~F.contains("path", F.lit("/")), F.col("path"))
-    listing = files.agg(F.count("*").alias("n_files"), F.count(unlabelled).alias("n"), F.min(unlabelled).alias("example"))
-    n_files, n_unlabelled, example = listing.collect()[0]
-    if not n_files:
+    jvm: Any = spark._jvm
+    # In one call: to ask Java for one after the other takes a minute for a million.
+    urls = jvm.org.apache.hadoop.util.StringUtils.join("\n", files._jdf.inputFiles())
+    start = len(folder.toUri().getPath().rstrip("/")) + 1
+    paths = [unquote(urlsplit(url).path)[start:] for url in urls.split("\n") if url]
+    if not paths:
         raise SystemExit(f"ingest: no image below {source}: no name ends in {', '.join(EXTENSIONS)}.")
-    if n_unlabelled:
+    unlabelled = sorted(path for path in paths if "/" not in path)
+    if unlabelled:
         raise SystemExit(
-            f"ingest: {n_unlabelled:,} of {n_files:,} images have no label, such as {example} directly in {source}. "
+            f"ingest: {len(unlabelled):,} of {len(paths):,} images have no label: {unlabelled[0]} is in {source} itself. "
             "Move each into a folder that is named as its label."
         )
-    return files, n_files, file_system.getContentSummary(folder).getFileCount() - n_files
+    return files, paths, file_system.getContentSummary(folder).getFileCount() - len(paths)
 
 
 def inspect_files(
-    files: DataFrame, n_files: int, *, max_bytes: int, max_pixels: int, group_pattern: str, fold_pattern: str
+    files: DataFrame,
+    source: str,
+    paths: list[str],
+    *,
+    max_bytes: int,
+    max_pixels: int,
+    group_pattern: str,
+    fold_pattern: str,
 ) -> DataFrame:
-    """INSPECTED, one row for each file: an image, or the reason why it is none."""
+    """INSPECTED, one row for each of the paths: an image, or the reason why it is none."""
 
     def inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         Image.MAX_IMAGE_PIXELS = None  # the limit is ours; Pillow's own only warns
@@ -159,8 +182,10 @@ def inspect_files(
         *_, label, name = path.split("/")
         row = {"path": path, "label": label, "length": length}
         try:
+            if length > max_bytes:
+                raise Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
             if content is None:
-                raise too_large(length, max_bytes) if length > max_bytes else Refused("unreadable", "cannot be opened")
+                raise Refused("unreadable", "cannot be opened")
             image_id = hashlib.sha256(content).hexdigest()
             group, fold = provenance(image_id, label, name, group_pattern, fold_pattern)
             image, content = decode(content, max_pixels)
@@ -178,11 +203,29 @@ def inspect_files(
         }
 
     # Written twice, as images and as quarantine, but decoded once.
-    delivered = files.where(F.col("length") <= max_bytes).mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
-    if delivered.count() == n_files:
-        return delivered
-    missing = files.select("path", "length").join(delivered.select("path"), "path", "left_anti")
-    return delivered.union(missing.withColumn("content", F.lit(None).cast("binary")).mapInArrow(inspect, INSPECTED))
+    inspected = files.where(F.col("length") <= max_bytes).mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+    if inspected.count() == len(paths):
+        return inspected
+    # Spark gives no row for a file that is empty, too large for us, or cannot be opened.
+    spark = files.sparkSession
+    listed = spark.createDataFrame(pd.DataFrame({"path": paths}), "path string")
+    unseen = listed.join(inspected, "path", "left_anti").collect()
+    lengths = {path: length_of(spark, source, path) for (path,) in unseen}
+    missing = [(path, length, None if length else b"") for path, length in lengths.items()]
+    return inspected.union(spark.createDataFrame(missing, FILES).mapInArrow(inspect, INSPECTED))
+
+
+def length_of(spark: SparkSession, source: str, path: str) -> int:
+    """Bytes of a file; -1 if it is there no more."""
+    file, file_system = hadoop_path(spark, f"{source}/{path}")
+    return file_system.getFileStatus(file).getLen() if file_system.exists(file) else -1
+
+
+def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
+    """A path of any file system that Spark knows, and that file system."""
+    jvm: Any = spark._jvm
+    hadoop = jvm.org.apache.hadoop.fs.Path(path)
+    return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
 
 
 def count(inspected: DataFrame) -> dict[str, int]:
@@ -216,10 +259,6 @@ class Refused(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
-
-
-def too_large(length: int, max_bytes: int) -> Refused:
-    return Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
 
 
 def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:

@@ -1,0 +1,572 @@
+"""Facts about stages/ingest.py: what becomes an image, what is refused and why, and that no file vanishes."""
+
+import hashlib
+import io
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from pyspark.sql import Row, SparkSession
+
+from stages import ingest
+
+ROOT = Path(__file__).resolve().parent.parent
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())["ingest"]
+PATTERNS = {"group_pattern": PARAMS["group_pattern"], "fold_pattern": PARAMS["fold_pattern"]}
+LIMITS = {"max_bytes": 20_000, "max_pixels": 10_000, **PATTERNS}
+ORIENTATION = 0x0112  # EXIF tag
+
+ImageBytes = Callable[..., bytes]
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of metadata, as in a worker
+
+
+@pytest.fixture(autouse=True)
+def no_limit_of_pillows_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as in a worker
+
+
+# What image_bytes is asked for, by the kind of file.
+KINDS = {
+    "jpeg": {"format": "JPEG"},
+    "progressive_jpeg": {"format": "JPEG", "progressive": True},
+    "png": {"format": "PNG"},
+    "webp": {"format": "WEBP"},
+    "lossless_webp": {"format": "WEBP", "lossless": True},
+    "bmp": {"format": "BMP"},
+    "gif": {"format": "GIF", "mode": "P"},
+    "tiff": {"format": "TIFF"},
+    "lzw_tiff": {"format": "TIFF", "compression": "tiff_lzw"},
+    "deflate_tiff": {"format": "TIFF", "compression": "tiff_adobe_deflate"},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+
+
+def encode(image: Image.Image, format: str = "PNG", **save: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **save)
+    return file.getvalue()
+
+
+def read(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
+def with_orientation(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = value
+    return exif
+
+
+def png_without_pixels(width: int, height: int) -> bytes:
+    """A 1-bit PNG that is said to be of that size and ends before its first pixel."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\x10\0IDAT"
+
+
+def decode(content: bytes) -> tuple[np.ndarray, bytes]:
+    """The pixels of the image that ingest makes of content, and the file it keeps."""
+    image, kept = ingest.decode(content, max_pixels=10_000)
+    assert image.mode == "RGB"
+    return np.asarray(image), kept
+
+
+def refusal(content: bytes) -> tuple[str, str]:
+    """The reason and the detail for which ingest refuses content."""
+    with pytest.raises(ingest.Refused) as refused:
+        ingest.decode(content, max_pixels=10_000)
+    assert refused.value.reason in ingest.REASONS
+    return refused.value.reason, refused.value.detail
+
+
+# Kinds of file
+
+
+@every_kind
+def test_every_kind_of_file_has_the_pixels_that_pillow_reads(kind: dict[str, object], image_bytes: ImageBytes) -> None:
+    content = image_bytes(**kind)
+    np.testing.assert_array_equal(decode(content)[0], np.asarray(read(content).convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_several_frames_the_first_counts(format: str) -> None:
+    first, second = Image.new("RGB", (9, 7), "red"), Image.new("RGB", (9, 7), "blue")
+    lossless = {"lossless": True} if format == "WEBP" else {}
+    pixels, _ = decode(encode(first, format, save_all=True, append_images=[second], **lossless))
+    np.testing.assert_array_equal(pixels, np.asarray(first))
+
+
+@pytest.mark.parametrize("content", [{"format": "JPEG"}, {"format": "PNG"}, {"format": "TIFF"}], ids=["jpeg", "png", "tiff"])
+def test_grey_images_become_rgb(content: dict[str, object], image_bytes: ImageBytes) -> None:
+    file = image_bytes(mode="L", **content)
+    grey = np.asarray(read(file))
+    np.testing.assert_array_equal(decode(file)[0], np.stack([grey, grey, grey], axis=-1))
+
+
+def test_black_and_white_images_become_rgb(image_bytes: ImageBytes) -> None:
+    file = image_bytes("PNG", mode="1")
+    white = np.asarray(read(file))
+    np.testing.assert_array_equal(decode(file)[0], np.where(white[..., None], 255, [0, 0, 0]))
+
+
+def test_palette_images_become_rgb(image_bytes: ImageBytes) -> None:
+    file = image_bytes("PNG", mode="P")
+    indexed = read(file)
+    palette = np.array(indexed.getpalette(), np.uint8).reshape(-1, 3)
+    np.testing.assert_array_equal(decode(file)[0], palette[np.asarray(indexed)])
+
+
+@pytest.mark.parametrize(("format", "dtype"), [("PNG", "<u2"), ("TIFF", "<u2"), ("TIFF", ">u2")])
+def test_of_16_bit_grey_the_upper_8_bits_are_kept(format: str, dtype: str) -> None:
+    values = np.arange(0, 2**16, 109).reshape(1, -1)
+    pixels, _ = decode(encode(Image.fromarray(values.astype(dtype)), format))
+    np.testing.assert_array_equal(pixels, np.repeat(values[..., None] // 256, 3, axis=-1))
+
+
+def test_cmyk_inks_become_rgb() -> None:
+    inks = {(0, 0, 0, 0): "white", (255, 0, 0, 0): "cyan", (0, 255, 0, 0): "magenta", (0, 0, 255, 0): "yellow"}
+    inks |= {(0, 0, 0, 255): "black", (255, 255, 0, 0): "blue"}
+    for ink, colour in inks.items():
+        pixels, _ = decode(encode(Image.new("CMYK", (2, 2), ink), "TIFF"))
+        np.testing.assert_array_equal(pixels, np.asarray(Image.new("RGB", (2, 2), colour)), err_msg=colour)
+
+
+def test_cmyk_jpegs_have_the_pixels_that_pillow_reads(image_bytes: ImageBytes) -> None:
+    content = image_bytes("JPEG", mode="CMYK")
+    np.testing.assert_array_equal(decode(content)[0], np.asarray(read(content).convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"),
+    [
+        ("RGBA", "PNG"),
+        ("RGBA", "WEBP"),
+        ("RGBA", "TIFF"),
+        ("LA", "PNG"),
+        ("P", "PNG"),
+        ("P", "GIF"),
+        ("RGB", "PNG"),
+        ("L", "PNG"),
+    ],
+)
+def test_transparent_pixels_become_white(mode: str, format: str) -> None:
+    black = {"RGBA": (0, 0, 0, 255), "LA": (0, 255), "P": 1, "RGB": (0, 0, 0), "L": 0}[mode]
+    clear = {"RGBA": (0, 0, 0, 0), "LA": (0, 0), "P": 0, "RGB": (5, 5, 5), "L": 5}[mode]
+    image = Image.new(mode, (8, 6), black)
+    if mode == "P":
+        image.putpalette([5, 5, 5, 0, 0, 0])
+    image.paste(clear, (0, 0, 3, 6))
+    save = {} if mode.endswith("A") else {"transparency": clear}
+    pixels, _ = decode(encode(image, format, **save, **({"lossless": True, "exact": True} if format == "WEBP" else {})))
+    assert (pixels[:, :3] == 255).all()
+    assert (pixels[:, 3:] == 0).all()
+
+
+def test_a_half_transparent_pixel_is_mixed_with_white() -> None:
+    pixels, _ = decode(encode(Image.new("RGBA", (1, 1), (200, 100, 0, 128))))
+    mixed = (np.array([200, 100, 0]) * 128 + 255 * (255 - 128)) / 255
+    np.testing.assert_allclose(pixels[0, 0], mixed, atol=1)  # of 255: the mix is rounded to whole numbers
+
+
+def test_pixels_of_unknown_range_are_refused() -> None:
+    reason, detail = refusal(encode(Image.new("F", (4, 4), 0.5), "TIFF"))
+    assert reason == "unreadable"
+    assert "range" in detail
+
+
+# Orientation. Where the first row and the first column of the file belong: EXIF 2.3, tag 274.
+
+UPRIGHT = {
+    1: lambda stored: stored,  # top, left
+    2: lambda stored: stored[:, ::-1],  # top, right
+    3: lambda stored: stored[::-1, ::-1],  # bottom, right
+    4: lambda stored: stored[::-1],  # bottom, left
+    5: lambda stored: stored.swapaxes(0, 1),  # left, top
+    6: lambda stored: stored.swapaxes(0, 1)[:, ::-1],  # right, top
+    7: lambda stored: stored.swapaxes(0, 1)[::-1, ::-1],  # right, bottom
+    8: lambda stored: stored.swapaxes(0, 1)[::-1],  # left, bottom
+}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_images_are_turned_as_exif_says(orientation: int, format: str, image_bytes: ImageBytes) -> None:
+    stored = np.asarray(read(image_bytes(format)))
+    pixels, _ = decode(image_bytes(format, exif=with_orientation(orientation)))
+    np.testing.assert_array_equal(pixels, UPRIGHT[orientation](stored))
+
+
+def test_a_turned_image_is_kept_upright_so_that_nobody_turns_it_again(image_bytes: ImageBytes) -> None:
+    pixels, kept = decode(image_bytes("JPEG", exif=with_orientation(6)))
+    np.testing.assert_array_equal(np.asarray(read(kept)), pixels)
+    assert ORIENTATION not in read(kept).getexif()
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [KINDS["jpeg"], KINDS["progressive_jpeg"], KINDS["png"], {"format": "JPEG", "exif": with_orientation(1)}],
+    ids=["jpeg", "progressive_jpeg", "png", "jpeg_marked_upright"],
+)
+def test_an_upright_rgb_jpeg_or_png_is_kept_byte_for_byte(kind: dict[str, object], image_bytes: ImageBytes) -> None:
+    content = image_bytes(**kind)
+    assert decode(content)[1] == content
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(KINDS[name] for name in ("webp", "bmp", "gif", "tiff")),
+        *({"format": "JPEG", "mode": mode} for mode in ("L", "CMYK")),
+        *({"format": "PNG", "mode": mode} for mode in ("1", "L", "LA", "P", "RGBA", "I;16")),
+        {"format": "PNG", "transparency": (1, 2, 3)},
+        {"format": "JPEG", "exif": with_orientation(3)},
+    ],
+    ids=lambda kind: "-".join(
+        [kind["format"], kind.get("mode", "RGB"), *[key for key in kind if key not in ("format", "mode")]]
+    ),
+)
+def test_anything_else_is_kept_as_a_png_of_equal_pixels(kind: dict[str, object], image_bytes: ImageBytes) -> None:
+    content = image_bytes(**kind) if kind.get("mode") != "I;16" else encode(Image.fromarray(np.uint16([[1, 999]])))
+    pixels, kept = decode(content)
+    assert read(kept).format == "PNG"
+    assert read(kept).mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(read(kept)), pixels)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.9])
+@every_kind
+def test_a_file_that_ends_early_is_truncated(kind: dict[str, object], share: float, image_bytes: ImageBytes) -> None:
+    content = image_bytes(**kind)
+    assert refusal(content[: int(share * len(content))])[0] == "truncated"
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "webp", "gif", "tiff"])
+def test_a_file_that_ends_within_its_header_is_truncated(name: str, image_bytes: ImageBytes) -> None:
+    assert refusal(image_bytes(**KINDS[name])[:12])[0] == "truncated"
+
+
+@every_kind
+def test_a_cut_file_is_refused_or_has_all_its_pixels(kind: dict[str, object], image_bytes: ImageBytes) -> None:
+    content = image_bytes(**kind)
+    whole, _ = decode(content)
+    for length in [*range(1, len(content), 11), *range(len(content) - 20, len(content))]:
+        try:
+            pixels, _ = decode(content[:length])
+        except ingest.Refused:
+            continue
+        np.testing.assert_array_equal(pixels, whole, err_msg=f"{length} of {len(content)} bytes")
+
+
+@every_kind
+def test_whatever_the_damage_nothing_but_a_refusal_is_raised(kind: dict[str, object], image_bytes: ImageBytes) -> None:
+    content, random = image_bytes(**kind), np.random.default_rng(0)
+    for _ in range(100):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[random.integers(0, min(len(content), 300), 3)] = random.integers(0, 256, 3)
+        with suppress(ingest.Refused):
+            ingest.decode(damaged.tobytes(), max_pixels=10_000)
+
+
+def test_a_tiff_whose_pixels_are_said_to_be_beyond_any_file_is_refused() -> None:
+    white = encode(Image.new("RGB", (30, 20), "white"), "TIFF")
+    strip_offsets = struct.pack("<HH", 273, 4)
+    assert white.count(strip_offsets) == 1
+    damaged = white.replace(strip_offsets, struct.pack("<HH", 273, 16))  # 64 bits, and they are 1
+    assert refusal(damaged)[0] in ("truncated", "unreadable")
+
+
+def test_a_file_without_bytes_is_empty() -> None:
+    assert refusal(b"")[0] == "empty"
+
+
+@pytest.mark.parametrize(
+    ("content", "telling"),
+    [
+        (b"Dear customer, the photographs follow.", "Dear customer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer"),
+        (b"\n <!DOCTYPE html>\n<html><body>404 Not Found</body></html>", "web page"),
+        (b"<HTML><head></head></HTML>", "web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "ftypheic"),
+        (b"%PDF-1.4\n%", "%PDF"),
+    ],
+    ids=["text", "git_lfs_pointer", "html", "html_in_capitals", "xml", "heic", "pdf"],
+)
+def test_what_is_not_an_image_is_refused_and_said_to_be_what_it_is(content: bytes, telling: str) -> None:
+    reason, detail = refusal(content)
+    assert reason == "not_an_image"
+    assert telling in detail
+
+
+def test_an_image_may_have_max_pixels_but_not_one_more(image_bytes: ImageBytes) -> None:
+    content = image_bytes("PNG", size=(30, 20))
+    assert ingest.decode(content, max_pixels=600)[0].size == (30, 20)
+    with pytest.raises(ingest.Refused, match="30 x 20, more than 599 pixels") as refused:
+        ingest.decode(content, max_pixels=599)
+    assert refused.value.reason == "too_many_pixels"
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_its_pixels_are_read() -> None:
+    assert refusal(png_without_pixels(100, 100))[0] == "truncated"
+    assert refusal(png_without_pixels(60_000, 60_000))[0] == "too_many_pixels"
+
+
+# Groups and folds, by the patterns of params.yaml
+
+SHA = "3f" * 32
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "fold"),
+    [
+        ("31_100.jpg", "Apple/", 0),
+        ("0_100.jpg", "Apple/", 0),
+        ("r_31_100.jpg", "Apple/r", 1),
+        ("r2_31_100.jpg", "Apple/r2", 1),
+        ("IMG_1.jpg", SHA, 1),
+        ("31_100_edited.jpg", SHA, 1),
+    ],
+)
+def test_the_name_tells_the_film_and_the_fold(name: str, group: str, fold: int) -> None:
+    assert ingest.provenance(SHA, "Apple", name, **PATTERNS) == (group, fold)
+
+
+def test_films_of_two_labels_are_two_groups() -> None:
+    apple, pear = (ingest.provenance(SHA, label, "31_100.jpg", **PATTERNS) for label in ("Apple", "Pear"))
+    assert apple != pear
+
+
+def test_of_images_whose_name_says_nothing_half_are_in_each_fold() -> None:
+    ids = [hashlib.sha256(bytes([i])).hexdigest() for i in range(256)]
+    folds = [ingest.provenance(image_id, "Apple", "IMG_1.jpg", **PATTERNS)[1] for image_id in ids]
+    assert set(folds) == {0, 1}
+    assert 128 - 4 * 8 < sum(folds) < 128 + 4 * 8  # four standard deviations of 256 tosses of a coin
+
+
+def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(re.error):
+        ingest.regex("(r")
+
+
+# A delivery with everything in it, through Spark
+
+LABELS = (
+    "Kiwi",
+    "Red Apple",
+    "Pfirsich süß é",
+    "a%20b",
+    "C#",
+    "x+y",
+    "a=1",
+    "deep/er/est/Fig",
+    "deep/Fig",
+    "日本",
+    "apple.jpg",
+)
+REFUSED = {
+    "bad/empty.jpg": "empty",
+    "bad/letter.jpg": "not_an_image",
+    "bad/cut.jpg": "truncated",
+    "bad/poster.png": "too_many_pixels",
+    "bad/large.bmp": "too_large",
+    "bad/12:30.jpg": "unreadable",  # Hadoop takes what is before the colon for a scheme
+}
+IGNORED = ("Kiwi/.hidden.jpg", "Kiwi/_under.jpg", "Kiwi/notes.txt", "Kiwi/jpg", ".git/a.jpg", "_trash/a.jpg", "readme.md")
+
+
+class Delivery(NamedTuple):
+    """A folder of files, and what ingest makes of it."""
+
+    files: dict[str, bytes]
+    n_files: int
+    n_ignored: int
+    rows: list[Row]
+    counts: dict[str, int]
+
+    def row(self, path: str) -> Row:
+        (row,) = (row for row in self.rows if row.path == path)
+        return row
+
+    def images(self) -> list[Row]:
+        return [row for row in self.rows if row.reason is None]
+
+
+@pytest.fixture(scope="module")
+def delivery(spark: SparkSession, image_bytes: ImageBytes, tmp_path_factory: pytest.TempPathFactory) -> Delivery:
+    twin = image_bytes(seed=99)
+    files = {
+        **{f"{label}/{i}_100.jpg": image_bytes(seed=i) for i, label in enumerate(LABELS)},
+        **{f"kinds/{name}.{kind['format'].lower()}": image_bytes(**kind) for name, kind in KINDS.items()},
+        "kinds/CAPITALS.JPG": image_bytes(seed=50),
+        "kinds/tif.Tif": image_bytes("TIFF"),
+        "kinds/a_png.jpg": image_bytes("PNG"),
+        "kinds/turned.jpg": image_bytes(exif=with_orientation(6)),
+        "twins/one.jpg": twin,
+        "twins/two.jpg": twin,
+        "Kiwi/three.jpg": twin,
+        "bad/empty.jpg": b"",
+        "bad/letter.jpg": b"Dear customer",
+        "bad/cut.jpg": image_bytes()[:600],
+        "bad/poster.png": png_without_pixels(60_000, 60_000),
+        "bad/large.bmp": image_bytes("BMP", size=(99, 99)),
+        "bad/12:30.jpg": image_bytes(),
+    }
+    root = tmp_path_factory.mktemp("delivery") / "photos [2024] {new}"
+    for path, content in [*files.items(), *((path, image_bytes()) for path in IGNORED)]:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+    found, paths, n_ignored = ingest.find_files(spark, str(root))
+    inspected = ingest.inspect_files(found, str(root), paths, **LIMITS)
+    return Delivery(files, len(paths), n_ignored, inspected.collect(), ingest.count(inspected))
+
+
+def test_nothing_vanishes(delivery: Delivery) -> None:
+    assert sorted(row.path for row in delivery.rows) == sorted(delivery.files)
+
+
+def test_files_found_are_images_and_quarantine_together(delivery: Delivery) -> None:
+    counts = delivery.counts
+    assert delivery.n_files == counts["n_files"] == counts["n_images"] + counts["n_quarantined"] == len(delivery.files)
+
+
+def test_hidden_files_and_files_of_other_names_are_counted_as_ignored(delivery: Delivery) -> None:
+    assert delivery.n_ignored == len(IGNORED)
+
+
+@pytest.mark.parametrize(("path", "reason"), REFUSED.items(), ids=REFUSED.values())
+def test_a_file_is_refused_for_its_own_reason(path: str, reason: str, delivery: Delivery) -> None:
+    assert delivery.row(path).reason == reason
+    assert delivery.row(path).detail
+
+
+def test_nothing_else_is_refused(delivery: Delivery) -> None:
+    assert {row.path for row in delivery.rows if row.reason is not None} == REFUSED.keys()
+
+
+def test_each_reason_is_one_that_the_schema_names(delivery: Delivery) -> None:
+    assert set(REFUSED.values()) == set(ingest.REASONS)
+
+
+def test_a_refused_file_has_its_length_in_bytes_and_nothing_of_an_image(delivery: Delivery) -> None:
+    of_an_image = set(ingest.IMAGES.names) - {"path", "label"}
+    for path in REFUSED:
+        assert delivery.row(path).length == len(delivery.files[path])
+        assert all(delivery.row(path)[name] is None for name in of_an_image)
+
+
+def test_a_file_that_is_too_large_is_refused_with_both_numbers(delivery: Delivery) -> None:
+    length = len(delivery.files["bad/large.bmp"])
+    assert delivery.row("bad/large.bmp").detail == f"{length:,} bytes, more than {LIMITS['max_bytes']:,}"
+
+
+def test_the_label_is_the_name_of_the_folder_whatever_its_letters_and_depth(delivery: Delivery) -> None:
+    labels = {row.path: row.label for row in delivery.rows}
+    assert labels == {path: path.split("/")[-2] for path in delivery.files}
+
+
+def test_image_id_is_the_sha256_of_the_file(delivery: Delivery) -> None:
+    for row in delivery.images():
+        assert row.image_id == hashlib.sha256(delivery.files[row.path]).hexdigest()
+
+
+def test_content_id_is_the_sha256_of_the_content(delivery: Delivery) -> None:
+    for row in delivery.images():
+        assert row.content_id == hashlib.sha256(row.content).hexdigest()
+
+
+def test_content_is_an_upright_rgb_image_of_that_width_and_height(delivery: Delivery) -> None:
+    for row in delivery.images():
+        image = read(row.content)
+        assert (image.format in ("JPEG", "PNG"), image.mode, image.size) == (True, "RGB", (row.width, row.height))
+
+
+def test_width_and_height_are_those_of_the_upright_image(delivery: Delivery) -> None:
+    assert read(delivery.files["kinds/turned.jpg"]).size == (30, 20)
+    turned = delivery.row("kinds/turned.jpg")
+    assert (turned.width, turned.height) == (20, 30)
+
+
+def test_the_thumbnail_is_pillows_average_over_boxes(delivery: Delivery) -> None:
+    for row in delivery.images():
+        assert row.thumbnail == read(row.content).resize((16, 16), Image.Resampling.BOX).tobytes()
+
+
+def test_the_same_bytes_keep_a_row_for_each_file(delivery: Delivery) -> None:
+    twins = [delivery.row(path) for path in ("twins/one.jpg", "twins/two.jpg", "Kiwi/three.jpg")]
+    assert len({row.image_id for row in twins}) == 1
+    assert [row.label for row in twins] == ["twins", "twins", "Kiwi"]
+
+
+def test_group_and_fold_are_those_of_the_name(delivery: Delivery) -> None:
+    frame, photograph = delivery.row("Kiwi/0_100.jpg"), delivery.row("twins/one.jpg")
+    assert (frame.group, frame.fold) == ("Kiwi/", 0)
+    assert photograph.group == photograph.image_id
+
+
+def test_labels_and_bytes_are_counted_of_images_only(delivery: Delivery) -> None:
+    images = delivery.images()
+    assert delivery.counts["n_labels"] == len({row.label for row in images})
+    assert delivery.counts["n_bytes"] == sum(len(row.content) for row in images)
+
+
+# Folders that are not as they should be
+
+
+def test_a_file_that_is_deleted_after_it_was_listed_is_unreadable(
+    spark: SparkSession, image_bytes: ImageBytes, tmp_path: Path
+) -> None:
+    (tmp_path / "Kiwi").mkdir()
+    for name in ("stays.jpg", "goes.jpg"):
+        (tmp_path / "Kiwi" / name).write_bytes(image_bytes())
+    files, paths, _ = ingest.find_files(spark, str(tmp_path))
+    (tmp_path / "Kiwi" / "goes.jpg").unlink()
+    inspected = ingest.inspect_files(files, str(tmp_path), paths, **LIMITS)
+    reasons = {row.path: row.reason for row in inspected.select("path", "reason").collect()}
+    assert reasons == {"Kiwi/stays.jpg": None, "Kiwi/goes.jpg": "unreadable"}
+
+
+def test_a_folder_that_does_not_exist_ends_the_run(spark: SparkSession, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"nowhere is no folder\. `images` in params\.yaml"):
+        ingest.find_files(spark, str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_images_ends_the_run(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(SystemExit, match=f"no image below {tmp_path}: no name ends in jpg, jpeg, png"):
+        ingest.find_files(spark, str(tmp_path))
+
+
+def test_an_image_outside_any_labels_folder_ends_the_run(
+    spark: SparkSession, image_bytes: ImageBytes, tmp_path: Path
+) -> None:
+    (tmp_path / "Kiwi").mkdir()
+    for path in ("Kiwi/1.jpg", "loose.jpg"):
+        (tmp_path / path).write_bytes(image_bytes())
+    with pytest.raises(SystemExit, match=r"1 of 2 images have no label: loose\.jpg is in"):
+        ingest.find_files(spark, str(tmp_path))
+
+
+def test_too_many_refused_files_are_counted_and_the_first_named_with_their_reasons(spark: SparkSession) -> None:
+    rows = [(f"Kiwi/{i}.jpg", "Kiwi", 7, "truncated", f"detail {i}") for i in (5, 3, 1, 6, 4, 2)]
+    quarantine = spark.createDataFrame(rows, ingest.QUARANTINE)
+    said = ingest.too_many_refused(quarantine, {"n_quarantined": 6, "n_files": 1_234}, 0.01)
+    first, *examples = said.splitlines()
+    assert "6 of 1,234 files" in first
+    assert "max_quarantine_ratio 0.01" in first
+    assert examples == [f"  Kiwi/{i}.jpg: truncated, detail {i}" for i in (1, 2, 3, 4, 5)]
