@@ -25,12 +25,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 from py4j.protocol import Py4JJavaError
 from pyspark import Accumulator, Broadcast, TaskContext
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -74,11 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     if hashlib.sha256(graph).hexdigest() != backbone["graph_sha256"]:
         raise SystemExit(f"featurize: {args.backbone}/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`.")
     images = spark.read.schema(IMAGES).parquet(f"{args.ingested}/images")
-    cache = open_cache(spark, fingerprint(backbone, args.batch_size, args.precision))
-    drop_damaged(spark, cache, backbone["n_features"])
+    n_images = images.count()
+    n_files = math.ceil(n_images / args.images_per_file)
+    spark.conf.set("spark.sql.shuffle.partitions", max(n_files, spark.sparkContext.defaultParallelism))
 
+    about = {"backbone": backbone, "batch_size": args.batch_size, "precision": args.precision}
+    cache = open_cache(spark, fingerprint(**about), about)
+    drop_damaged(spark, cache, backbone["n_features"])
     missing = missing_ids(images, read_cache(spark, cache)).persist()
-    n_images, n_missing = images.count(), missing.count()
+    n_missing = missing.count()
     if n_missing:
         passes = spark.sparkContext.accumulator(0)
         network = spark.sparkContext.broadcast({"graph": graph})
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     features = images.join(read_cache(spark, cache).dropDuplicates(["content_id"]), "content_id")
     (
         features.select(*FEATURES.names)
-        .repartition(math.ceil(n_images / args.images_per_file), "image_id")
+        .repartition(n_files, "image_id")
         .sortWithinPartitions("image_id", "path")
         .write.parquet(args.output)
     )
@@ -181,14 +187,23 @@ def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> st
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def open_cache(spark: SparkSession, name: str) -> str:
-    """The folder of the cache of that name, made if need be."""
+def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
+    """The folder of the cache of that name, made if need be, with a note for people on what it is about.
+
+    Raises
+    ------
+    SystemExit
+        nothing can be written there
+    """
     cache = f"{spark.conf.get('spark.featurize.cache')}/{name}"
-    folder, file_system = hadoop_path(spark, cache)
+    note, file_system = hadoop_path(spark, f"{cache}/about.json")
     try:
-        file_system.mkdirs(folder)
+        stream = file_system.create(note, True)
+        stream.write(bytearray(json.dumps(about, indent=2).encode()))
+        stream.close()
     except Py4JJavaError as error:
-        raise SystemExit(f"featurize: cannot make the feature cache {cache}: {error.java_exception.getMessage()}") from None
+        reason = error.java_exception.getMessage()
+        raise SystemExit(f"featurize: cannot write to the feature cache {cache}: {reason}. Set FEATURE_CACHE.") from None
     return cache
 
 
@@ -208,10 +223,20 @@ def drop_damaged(spark: SparkSession, cache: str, n_features: int) -> None:
     files = spark.read.format("binaryFile").option("recursiveFileLookup", True).option("pathGlobFilter", "*.parquet")
     present = files.load(cache).select("_metadata.file_path")
     sound = read_cache(spark, cache).where(F.size("features") == n_features).select("_metadata.file_path").distinct()
-    for row in present.join(sound, "file_path", "left_anti").collect():
-        print(f"featurize: {row.file_path} is damaged; its features are computed again", file=sys.stderr)
-        folder, file_system = hadoop_path(spark, row.file_path)
-        file_system.delete(folder, False)
+    for (url,) in present.join(sound, "file_path", "left_anti").collect():
+        path = unquote(url)
+        if not is_empty(spark, path):  # Spark writes a file for its schema where a task has no row
+            print(f"featurize: {path} is damaged; its features are computed again", file=sys.stderr)
+        file, file_system = hadoop_path(spark, path)
+        file_system.delete(file, False)
+
+
+def is_empty(spark: SparkSession, path: str) -> bool:
+    """Whether a Parquet file is sound and has no row."""
+    try:
+        return spark.read.schema(COMPUTED).parquet(path).isEmpty()
+    except (Py4JJavaError, PySparkException):
+        return False
 
 
 def append(computed: DataFrame, cache: str) -> None:

@@ -1,0 +1,464 @@
+"""Facts about stages/featurize.py: one pass of the backbone for each distinct image, and never again."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tensorflow as tf
+from PIL import Image
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from stages import featurize
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 8  # of the backbone's input, pixels
+N_FEATURES = 3
+
+ImageBytes = Callable[..., bytes]
+
+
+@pytest.fixture(scope="session")
+def graph() -> bytes:
+    """A backbone whose features are the means of red, green and blue: of 64 whole numbers, so that float32 is exact."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8, name="pixels")])
+    def means(pixels: tf.Tensor) -> tf.Tensor:
+        return tf.reduce_mean(tf.cast(pixels, tf.float32), axis=[1, 2], name="features")
+
+    frozen = convert_variables_to_constants_v2(means.get_concrete_function())
+    return frozen.graph.as_graph_def().SerializeToString(deterministic=True)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def means_of(content: bytes) -> list[float]:
+    """What the backbone must make of an image, by Pillow and NumPy alone."""
+    image = Image.open(io.BytesIO(content)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    return np.asarray(image).mean(axis=(0, 1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def contents(image_bytes: ImageBytes) -> list[bytes]:
+    """Nineteen distinct images: no multiple of a batch."""
+    return [image_bytes("PNG" if i % 2 else "JPEG", size=(10 + i, 9), seed=i) for i in range(19)]
+
+
+def images_of(spark: SparkSession, contents: list[bytes]) -> DataFrame:
+    rows = [(sha256(content), content) for content in contents]
+    return spark.createDataFrame(rows, "content_id string, content binary")
+
+
+# Pixels
+
+
+def test_an_image_of_the_networks_size_keeps_its_pixels(image_bytes: ImageBytes) -> None:
+    content = image_bytes("PNG", size=(SIZE, SIZE))
+    np.testing.assert_array_equal(featurize.to_pixels(content, SIZE), np.asarray(Image.open(io.BytesIO(content))))
+
+
+def test_pixels_are_red_green_blue_in_whole_numbers() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30), (200, 100, 0)).save(file, "PNG")
+    pixels = featurize.to_pixels(file.getvalue(), SIZE)
+    assert (pixels.shape, pixels.dtype) == ((SIZE, SIZE, 3), np.uint8)
+    assert (pixels == [200, 100, 0]).all()
+
+
+def test_the_whole_image_is_stretched_to_the_square() -> None:
+    file, image = io.BytesIO(), Image.new("RGB", (80, 20), "white")
+    image.paste("black", (40, 0, 80, 20))
+    image.save(file, "PNG")
+    pixels = featurize.to_pixels(file.getvalue(), SIZE)
+    assert (pixels[:, :3] == 255).all()
+    assert (pixels[:, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("size", [(30, 20), (5, 6), (100, 100)], ids=["to_smaller", "to_larger", "to_much_smaller"])
+def test_resizing_is_the_bicubic_one_of_tensorflow(size: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    grey = np.random.default_rng(0).integers(64, 192, (*size, 3), np.uint8)  # nothing overshoots 0 or 255
+    Image.fromarray(grey).save(file, "PNG")
+    exact = tf.image.resize(grey, (SIZE, SIZE), method="bicubic", antialias=True)
+    # Pillow rounds to whole numbers twice, after the rows and after the columns; TensorFlow does not at all.
+    np.testing.assert_allclose(featurize.to_pixels(file.getvalue(), SIZE), exact, atol=1.5)
+
+
+# Features
+
+
+def compute(spark: SparkSession, images: DataFrame, graph: bytes, batch_size: int = 4) -> tuple[dict[str, list[float]], int]:
+    """The features by content_id, and the number of passes."""
+    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", batch_size)  # as main does
+    passes = spark.sparkContext.accumulator(0)
+    network = spark.sparkContext.broadcast({"graph": graph})
+    rows = featurize.forward(images, network, SIZE, batch_size, "float32", passes).collect()
+    features = {row.content_id: row.features for row in rows}
+    assert len(features) == len(rows)
+    return features, passes.value
+
+
+@pytest.mark.parametrize(("batch_size", "n_partitions"), [(1, 2), (3, 7), (8, 1)])
+def test_features_are_those_of_the_image_whatever_the_batches_and_the_partitions(
+    batch_size: int, n_partitions: int, spark: SparkSession, graph: bytes, contents: list[bytes]
+) -> None:
+    images = images_of(spark, contents).repartition(n_partitions)
+    features, _ = compute(spark, images, graph, batch_size)
+    assert features == {sha256(content): means_of(content) for content in contents}
+
+
+@pytest.mark.parametrize("n_images", [1, 5])
+def test_a_pass_is_counted_for_each_image_and_none_for_padding(
+    n_images: int, spark: SparkSession, graph: bytes, contents: list[bytes]
+) -> None:
+    features, passes = compute(spark, images_of(spark, contents[:n_images]), graph)
+    assert passes == len(features) == n_images
+
+
+def test_features_are_float32(spark: SparkSession, graph: bytes, contents: list[bytes]) -> None:
+    features = featurize.load(graph, "float32", n_threads=1)(np.zeros((2, SIZE, SIZE, 3), np.uint8))
+    assert (features.dtype, features.shape) == (np.float32, (2, N_FEATURES))
+
+
+# Work
+
+
+def test_equal_images_are_one_piece_of_work(spark: SparkSession, contents: list[bytes]) -> None:
+    work = featurize.spread(images_of(spark, [*contents, *contents[:5], contents[0]]), len(contents))
+    rows = work.collect()
+    assert {row.content_id: bytes(row.content) for row in rows} == {sha256(content): content for content in contents}
+    assert len(rows) == len(contents)
+
+
+@pytest.mark.parametrize(("n_distinct", "n_tasks"), [(1, 2), (512, 2), (513, 4), (1025, 6)])
+def test_tasks_are_as_many_as_cores_or_a_multiple(
+    n_distinct: int, n_tasks: int, spark: SparkSession, contents: list[bytes]
+) -> None:
+    assert spark.sparkContext.defaultParallelism == 2
+    work = featurize.spread(images_of(spark, contents), n_distinct)
+    assert work.rdd.getNumPartitions() == n_tasks
+
+
+def test_only_what_is_not_computed_is_missing_and_only_once(spark: SparkSession) -> None:
+    images = spark.createDataFrame([("a",), ("b",), ("b",), ("c",), ("c",)], "content_id string")
+    computed = spark.createDataFrame([("a", [1.0]), ("a", [1.0]), ("c", [3.0]), ("z", [9.0])], featurize.COMPUTED)
+    assert [row.content_id for row in featurize.missing_ids(images, computed).collect()] == ["b"]
+
+
+# Names of caches
+
+
+def fingerprint(graph_sha256: str = "ab" * 32, batch_size: int = 8, precision: str = "float32") -> str:
+    return featurize.fingerprint({"graph_sha256": graph_sha256}, batch_size, precision)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"graph_sha256": "cd" * 32}, {"batch_size": 9}, {"precision": "bfloat16"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_change_of_what_determines_features_changes_the_caches_name(change: dict[str, object]) -> None:
+    assert fingerprint(**change) != fingerprint()
+
+
+def test_the_caches_name_is_the_same_in_another_process() -> None:
+    code = "from stages.featurize import fingerprint; print(fingerprint({'graph_sha256': 'ab' * 32}, 8, 'float32'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == fingerprint()
+
+
+def test_what_the_backbone_is_called_does_not_change_the_caches_name() -> None:
+    named = featurize.fingerprint({"graph_sha256": "ab" * 32, "name": "other"}, 8, "float32")
+    assert named == fingerprint()
+
+
+# The cache
+
+
+ABOUT = {"backbone": {"name": "means"}, "batch_size": 8}
+
+
+def open_cache(spark: SparkSession, folder: Path) -> Path:
+    spark.conf.set("spark.featurize.cache", str(folder))
+    return Path(featurize.open_cache(spark, "name", ABOUT))
+
+
+def computed(spark: SparkSession, ids: str) -> DataFrame:
+    return spark.createDataFrame([(each, [1.0, 2.0, float(ord(each))]) for each in ids], featurize.COMPUTED).coalesce(1)
+
+
+def ids_in(spark: SparkSession, cache: Path) -> str:
+    return "".join(sorted(row.content_id for row in featurize.read_cache(spark, str(cache)).collect()))
+
+
+def test_a_new_cache_is_empty(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path / "not" / "yet")
+    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    assert cache.is_dir()
+    assert ids_in(spark, cache) == ""
+
+
+def test_a_cache_says_what_it_is_about(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path)
+    assert json.loads((cache / "about.json").read_text()) == ABOUT
+
+
+def test_what_is_appended_is_read_with_what_was_there(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path)
+    for ids in ("ab", "c"):
+        featurize.append(computed(spark, ids), str(cache))
+    read = featurize.read_cache(spark, str(cache)).orderBy("content_id").collect()
+    assert [(row.content_id, row.features) for row in read] == [(each, [1.0, 2.0, float(ord(each))]) for each in "abc"]
+
+
+def test_a_cache_that_cannot_be_made_ends_the_run(spark: SparkSession) -> None:
+    with pytest.raises(SystemExit, match="cannot write to the feature cache /proc/nowhere/name"):
+        open_cache(spark, Path("/proc/nowhere"))
+
+
+def test_a_file_in_the_place_of_the_cache_ends_the_run(spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SystemExit, match=r"cannot write to the feature cache .*/file/name"):
+        open_cache(spark, tmp_path / "file")
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-30]),
+    "garbage": lambda file: file.write_bytes(b"garbage" * 50),
+    "one_byte_changed": lambda file: file.write_bytes(
+        file.read_bytes().replace(b"\x00\x00\x80\x3f", b"\x00\x00\x80\x3e", 1)
+    ),
+    "features_are_text": lambda file: pq.write_table(pa.table({"content_id": ["x"], "features": ["1 2 3"]}), file),
+    "features_are_float64": lambda file: pq.write_table(
+        pa.table({"content_id": ["x"], "features": [[1.0, 2.0, 3.0]]}), file
+    ),
+    "other_columns": lambda file: pq.write_table(pa.table({"id": [1]}), file),
+    "other_n_features": lambda file: pq.write_table(
+        pa.table({"content_id": ["x"], "features": pa.array([[1.0, 2.0]], pa.list_(pa.float32()))}), file
+    ),
+}
+
+
+class Healed(NamedTuple):
+    """A cache of sound and damaged files, after drop_damaged."""
+
+    files: dict[str, Path]
+    sound: list[Path]
+    said: str
+    ids: str
+
+
+@pytest.fixture(scope="module")
+def healed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Healed:
+    cache = open_cache(spark, tmp_path_factory.mktemp("cache"))
+    featurize.append(computed(spark, "abc"), str(cache))
+    sound = list(cache.rglob("*.parquet"))
+    files = {}
+    for i, (name, harm) in enumerate(DAMAGE.items()):
+        before = set(cache.rglob("*.parquet"))
+        featurize.append(computed(spark, chr(ord("p") + i)), str(cache))
+        (files[name],) = set(cache.rglob("*.parquet")) - before
+        harm(files[name])
+        if name != "one_byte_changed":  # which nothing but Hadoop's checksum tells
+            files[name].with_name(f".{files[name].name}.crc").unlink()
+    said = io.StringIO()
+    with redirect_stderr(said):
+        featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    return Healed(files, sound, said.getvalue(), ids_in(spark, cache))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_removed(name: str, healed: Healed) -> None:
+    assert not healed.files[name].exists()
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_named_on_stderr(name: str, healed: Healed) -> None:
+    assert f"{healed.files[name]} is damaged; its features are computed again" in healed.said
+
+
+def test_an_empty_file_is_passed_over(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path)
+    (cache / "part.parquet").write_bytes(b"")
+    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    assert ids_in(spark, cache) == ""
+
+
+def test_a_sound_file_is_kept(healed: Healed) -> None:
+    assert all(file.exists() for file in healed.sound)
+    assert healed.ids == "abc"
+
+
+@pytest.mark.parametrize("name", ["with spaces", "a%20b+c#ü"])
+def test_a_damaged_file_is_removed_whatever_the_folders_letters(name: str, spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path / name)
+    damaged = cache / "part.parquet"
+    damaged.write_bytes(b"garbage")
+    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    assert not damaged.exists()
+
+
+def test_what_a_killed_run_was_just_writing_is_passed_over(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = open_cache(spark, tmp_path)
+    half = cache / "run" / "_temporary" / "0" / "task" / "part-00000.parquet"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"PAR1")
+    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    assert ids_in(spark, cache) == ""
+    assert capsys.readouterr().err == ""
+
+
+def test_a_task_without_images_leaves_nothing_that_is_called_damaged(
+    spark: SparkSession, contents: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = open_cache(spark, tmp_path)
+    for content in contents[:4]:  # each alone leaves one of two tasks without work
+        work = featurize.spread(images_of(spark, [content]), 1)
+        featurize.append(
+            work.select("content_id", F.lit([1.0, 2.0, 3.0]).cast("array<float>").alias("features")), str(cache)
+        )
+    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    assert capsys.readouterr().err == ""
+
+
+# The whole stage, as it is run
+
+
+class Workplace:
+    """A folder of images, and what the stages make of it."""
+
+    def __init__(self, folder: Path, graph: bytes) -> None:
+        self.folder, self.images = folder, folder / "images"
+        (folder / "backbone").mkdir()
+        (folder / "backbone" / "graph.pb").write_bytes(graph)
+        description = {"name": "means", "graph_sha256": sha256(graph), "image_size": SIZE, "n_features": N_FEATURES}
+        (folder / "backbone" / "backbone.json").write_text(json.dumps(description))
+
+    def add(self, path: str, content: bytes) -> None:
+        (self.images / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.images / path).write_bytes(content)
+
+    def submit(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.CompletedProcess[str]:
+        settings = {"FEATURE_CACHE": str(self.folder / cache), "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": "local[2]"}
+        command = [sys.executable, ROOT / "bootstrap" / "submit.py", ROOT / "stages" / stage, *arguments]
+        return subprocess.run(command, cwd=self.folder, env=os.environ | settings, capture_output=True, text=True)
+
+    def ingest(self) -> None:
+        flags = (
+            "--group_pattern x --fold_pattern x --max_pixels 10000 --max_file_mb 1 --max_quarantine_ratio 0 --file_size_mb 1"
+        )
+        done = self.submit("ingest.py", "images", "ingested", *flags.split())
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    def featurize(self, cache: str = "cache") -> subprocess.CompletedProcess[str]:
+        flags = "--batch_size 8 --precision float32 --images_per_file 8"
+        return self.submit("featurize.py", "ingested", "backbone", "features", *flags.split(), cache=cache)
+
+    def features(self, cache: str = "cache") -> "Run":
+        done = self.featurize(cache)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return Run({file.name: file.read_bytes() for file in (self.folder / "features").iterdir()}, done.stdout, done.stderr)
+
+
+class Run(NamedTuple):
+    """What featurize wrote and said."""
+
+    files: dict[str, bytes]
+    stdout: str
+    stderr: str
+
+    def rows(self) -> list[dict[str, object]]:
+        return [row for _, content in sorted(self.files.items()) for row in pq.read_table(io.BytesIO(content)).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def runs(graph: bytes, contents: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Runs of the stage, one after another, on a delivery that changes."""
+    place = Workplace(tmp_path_factory.mktemp("place"), graph)
+    for i, content in enumerate(contents[:18]):
+        place.add(f"{'Apple' if i % 3 else 'Pear'}/{i}.img.{'png' if i % 2 else 'jpg'}", content)
+    place.add("Pear/twin.jpg", contents[0])
+    place.ingest()
+    runs = {"first": place.features(), "again": place.features()}
+    place.add("Pear/new.jpg", contents[18])
+    place.ingest()
+    runs["one added"] = place.features()
+    (place.images / "Apple" / "1.img.png").unlink()
+    shutil.move(place.images / "Apple" / "2.img.jpg", place.images / "Pear" / "2.img.jpg")
+    place.ingest()
+    runs |= {"one removed, one moved": place.features(), "empty cache": place.features(cache="other")}
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "passes"), [("first", 18), ("again", 0), ("one added", 1), ("one removed, one moved", 0), ("empty cache", 18)]
+)
+def test_only_images_never_seen_go_through_the_backbone(run: str, passes: int, runs: dict[str, Run]) -> None:
+    assert f" {passes} passes of means" in runs[run].stdout
+
+
+@pytest.mark.slow
+def test_a_second_run_writes_the_same_bytes(runs: dict[str, Run]) -> None:
+    assert runs["again"].files == runs["first"].files
+
+
+@pytest.mark.slow
+def test_features_from_the_cache_are_the_bytes_that_are_computed(runs: dict[str, Run]) -> None:
+    assert runs["one removed, one moved"].files == runs["empty cache"].files
+
+
+@pytest.mark.slow
+def test_no_file_of_a_sound_cache_is_called_damaged(runs: dict[str, Run]) -> None:
+    assert [name for name, run in runs.items() if "damaged" in run.stdout + run.stderr] == []
+
+
+@pytest.mark.slow
+def test_there_is_a_row_of_its_own_features_for_each_file(runs: dict[str, Run], contents: list[bytes]) -> None:
+    rows = runs["first"].rows()
+    assert len({row["path"] for row in rows}) == len(rows) == 19
+    content_of = {sha256(content): content for content in contents}
+    assert all(row["features"] == means_of(content_of[row["image_id"]]) for row in rows)
+
+
+@pytest.mark.slow
+def test_rows_of_a_file_are_sorted_by_image_and_path(runs: dict[str, Run]) -> None:
+    for content in runs["first"].files.values():
+        keys = [(row["image_id"], row["path"]) for row in pq.read_table(io.BytesIO(content)).to_pylist()]
+        assert keys == sorted(keys)
+
+
+@pytest.mark.slow
+def test_an_image_that_is_moved_has_its_new_label(runs: dict[str, Run]) -> None:
+    labels = {row["path"]: row["label"] for row in runs["one removed, one moved"].rows()}
+    assert labels["Pear/2.img.jpg"] == "Pear"
+    assert "Apple/2.img.jpg" not in labels
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_not_the_described_one_ends_the_run(graph: bytes, contents: list[bytes], tmp_path: Path) -> None:
+    place = Workplace(tmp_path, graph)
+    (tmp_path / "backbone" / "graph.pb").write_bytes(graph + b"\0")
+    done = place.featurize()
+    assert done.returncode == 1
+    said = done.stdout + done.stderr  # spark-submit puts both of a Python program's on stdout
+    assert "backbone/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`." in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "features").exists()
