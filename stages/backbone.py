@@ -19,6 +19,7 @@ import os
 import pickle
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,12 @@ Scaling = Callable[[Any], Any]
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    network, scaling = build(args.name, args.image_size)
-    if args.weights == IMAGENET:
-        load_imagenet(network, args.name)
-    else:
+    is_imagenet = args.weights == IMAGENET
+    network, scaling = build(args.name, args.image_size, IMAGENET if is_imagenet else None)
+    if not is_imagenet:
         load_file(network, args.name, Path(args.weights_folder, args.weights))
+    elif args.name == LITE0:
+        load_lite0(network)
     graph = freeze(network, scaling, args.image_size)
     description = {
         "name": args.name,
@@ -82,23 +84,38 @@ def main(argv: list[str] | None = None) -> None:
     print(f"backbone: {args.name}, {args.image_size} x {args.image_size} pixels to {description['n_features']:,} features")
 
 
-def build(name: str, image_size: int, classifier: bool = False) -> tuple[keras.Model, Scaling]:
-    """The network with random weights, and what it does to pixels (0 to 255) first.
+def build(name: str, image_size: int, weights: str | None = None, classifier: bool = False) -> tuple[keras.Model, Scaling]:
+    """The network, and what it does to pixels (0 to 255) first.
 
     Parameters
     ----------
+    weights : "imagenet", as Keras downloads and checks them, or None for random ones; EfficientNet-Lite0's are random still
     classifier : with the layer on top that tells ImageNet's 1,000 classes, instead of the average over the image
+
+    Raises
+    ------
+    SystemExit
+        image_size is too small, or the weights cannot be downloaded; the message says which file to put where.
     """
-    keras.utils.clear_session()  # names of layers, and so the bytes of the graph, do not depend on what was built before
+    keras.utils.clear_session()  # names of layers, and so the graph's bytes, do not depend on what was built before
     if name == LITE0:
         return efficientnet_lite0(image_size, classifier), lambda pixels: (pixels - 127.0) / 128.0
     builder = KERAS[name]
-    shape = (image_size, image_size, 3)
     top = {"include_top": True} if classifier else {"include_top": False, "pooling": "avg"}
     try:
-        network = builder(weights=None, input_shape=shape, **top)
+        # Not weights=None and the weights afterwards: some networks have another layer when they are ImageNet's.
+        network = builder(weights=weights, input_shape=(image_size, image_size, 3), **top)
     except ValueError as error:
         raise SystemExit(f"backbone: {name} cannot be built for image_size {image_size}: {error}") from None
+    except Exception as error:  # Keras raises a bare Exception when a download fails
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise SystemExit(
+            f"backbone: the ImageNet weights of {name} cannot be downloaded ({reason}).\n"
+            "Run once where the Internet can be reached: Keras keeps the file in ~/.keras/models, which you can copy here.\n"
+            "Or put a weights file without the classifier (`..._notop.h5`) into data/weights, and its name into\n"
+            "backbone.weights. "
+            f"Or use {LITE0}, whose weights are installed with this project."
+        ) from None
     return network, sys.modules[builder.__module__].preprocess_input
 
 
@@ -132,32 +149,6 @@ def efficientnet_lite0(image_size: int, classifier: bool) -> keras.Model:
     return keras.Model(inputs, layers.Dense(1000, name="_fc")(x) if classifier else x)
 
 
-def load_imagenet(network: keras.Model, name: str) -> None:
-    """Give the network its ImageNet weights: from the embedded package, or as Keras downloads and checks them.
-
-    Raises
-    ------
-    SystemExit
-        the download failed; the message says which file to put where.
-    """
-    if name == LITE0:
-        load_lite0(network)
-        return
-    try:
-        donor = KERAS[name](weights=IMAGENET, include_top=False, pooling="avg", input_shape=network.input_shape[1:])
-    except Exception as error:  # Keras raises a bare Exception when a download fails
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise SystemExit(
-            f"backbone: the ImageNet weights of {name} cannot be downloaded ({reason}).\n"
-            f"Either run once where the Internet can be reached: Keras keeps the file in ~/.keras/models, "
-            "which you can copy here;\n"
-            "or put a weights file without the classifier (`..._notop.h5`) into data/weights and its name into\n"
-            "backbone.weights;\n"
-            f"or use {LITE0}, whose weights are installed with this project."
-        ) from None
-    network.set_weights(donor.get_weights())
-
-
 def load_file(network: keras.Model, name: str, path: Path) -> None:
     """Give the network the weights of a Keras file that was saved without the classifier.
 
@@ -170,7 +161,7 @@ def load_file(network: keras.Model, name: str, path: Path) -> None:
         raise SystemExit(f"backbone: no weights file {path}; backbone.weights is {IMAGENET} or the name of a file there.")
     try:
         network.load_weights(path)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
         reason = str(error).strip().splitlines()[0]
         raise SystemExit(f"backbone: {path} does not hold the weights of {name} without its classifier: {reason}") from None
 
@@ -254,6 +245,12 @@ def sha256(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def known_name(text: str) -> str:
     if text not in (LITE0, *KERAS):
         raise argparse.ArgumentTypeError(f"{text!r} is not known; it can be {', '.join((LITE0, *sorted(KERAS)))}")
@@ -266,7 +263,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("output")
     parser.add_argument("--name", type=known_name, required=True, help=f"{LITE0}, or a network of keras.applications")
     parser.add_argument("--weights", required=True, help=f"{IMAGENET}, or the name of a Keras file in WEIGHTS")
-    parser.add_argument("--image_size", type=int, required=True, help="width and height of the network's input, pixels")
+    parser.add_argument("--image_size", type=positive, required=True, help="width and height of the network's input, pixels")
     return parser.parse_args(argv)
 
 
