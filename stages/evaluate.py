@@ -32,6 +32,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
 THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
+ROUNDING = 1e-12  # of a sum of shares
 SPACES = ("embedding", "features", "pixels")
 ROWS = 1024  # of a distance matrix, at once
 
@@ -232,7 +233,10 @@ def count_images(images: pd.DataFrame, ingested: str) -> dict[str, int]:
 
 def variance(cumulative: np.ndarray, k: int) -> dict[str, float]:
     """What k components keep, and how many keep 80, 90, 95 and 99 %."""
-    needed = {f"k{threshold:.0%}".rstrip("%"): int(np.searchsorted(cumulative, threshold)) + 1 for threshold in THRESHOLDS}
+    needed = {
+        f"k{threshold:.0%}".rstrip("%"): int(np.searchsorted(cumulative, threshold - ROUNDING)) + 1
+        for threshold in THRESHOLDS
+    }
     return {"components": k, "explained": rounded(cumulative[k - 1]), **needed}
 
 
@@ -250,7 +254,7 @@ def summary(metrics: dict[str, Any], args: argparse.Namespace) -> str:
         "",
     ]
     if "nearest_neighbour" not in metrics:
-        lines.append("No accuracy: all images are in one fold; see fold_pattern in params.yaml.")
+        lines.append("No accuracy: the folds have no label in common, or one is empty; see fold_pattern in params.yaml.")
     else:
         lines += [
             "Accuracy, trained on one fold and tested on the other   embedding   features   raw pixels",
@@ -263,6 +267,12 @@ def summary(metrics: dict[str, Any], args: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ingested")
@@ -270,8 +280,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("covariance")
     parser.add_argument("reduced")
     parser.add_argument("output")
-    parser.add_argument("--max_images", type=int, required=True, help="images tested, about, at most")
-    parser.add_argument("--curve", type=int, nargs="+", required=True, help="k, for the curve of accuracy")
+    parser.add_argument("--max_images", type=positive, required=True, help="images tested, about, at most")
+    parser.add_argument("--curve", type=positive, nargs="+", required=True, help="k, for the curve of accuracy")
     return parser.parse_args(argv)
 
 

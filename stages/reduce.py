@@ -60,6 +60,7 @@ SCALING = T.StructType(
     ]
 )
 SCALES = ("none", "standard")
+ROUNDING = 1e-12  # of a sum of shares
 
 
 class PCA(NamedTuple):
@@ -120,6 +121,8 @@ def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, compone
             for batch in batches:
                 for content in batch["content"]:
                     table = pq.read_table(io.BytesIO(content.as_py()), columns=FEATURES.names)
+                    if not len(table):  # Spark writes a file for its schema where a partition is empty
+                        continue
                     embedding = project(to_matrix(table["features"]), mean, scale, components)
                     offsets = np.arange(len(table) + 1, dtype=np.int32) * len(components)
                     lists = pa.ListArray.from_arrays(offsets, embedding.ravel())
@@ -188,10 +191,12 @@ def choose_k(k: int | float, cumulative: np.ndarray, rank: int) -> int:
     Raises
     ------
     SystemExit
-        k is more than rank
+        k is more than rank, or rank is 0
     """
+    if not rank:
+        raise SystemExit("reduce: all images have the same features; there is nothing to reduce")
     if isinstance(k, float):
-        return min(rank, int(np.searchsorted(cumulative, k)) + 1)
+        return min(rank, int(np.searchsorted(cumulative, k - ROUNDING)) + 1)
     if k > rank:
         raise SystemExit(f"reduce: k={k:,} but these features vary in {rank:,} directions only; k can be 1 to {rank:,}")
     return k
