@@ -6,7 +6,7 @@ CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint cache-info cache-clear check identity
+.PHONY: help run experiments test test-slow lint cache-info cache-clear check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,7 +14,10 @@ help: ## list the targets
 run: .venv/run identity ## images to features, PCA and its metrics; only what changed is computed
 	@dvc repro
 	@printf '\n'; cat reports/evaluation/summary.txt
-	@printf '\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       dvc exp show --drop ".*" --keep "Experiment|reduce.k|explained|embedding"\n'
+	@printf '\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
+
+experiments: .venv/run ## what was tried, side by side
+	@dvc exp show --drop '.*' --keep '.*(Experiment|images.images|reduce\.|explained|held_out|embedding).*'
 
 test: .venv/dev ## what takes minutes; run it before each commit
 	@pytest

@@ -143,7 +143,8 @@ def forward(
         n_threads = task.cpus() if task else 1
         # Spark unpickles this function for each task, but a broadcast value only once in a worker's life.
         if "forward" not in network.value:
-            network.value["forward"] = load(network.value.pop("graph"), precision, n_threads)
+            network.value["forward"] = load(network.value["graph"], precision, n_threads)
+            del network.value["graph"]
         for batch in batches:
             pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
             for i, content in enumerate(batch["content"]):
