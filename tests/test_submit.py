@@ -180,7 +180,7 @@ def test_an_interrupted_stage_ends_with_all_its_processes_and_leaves_no_output(s
         text=True,
     )
     assert process.stdout is not None
-    assert "first is written" in process.stdout.readline()
+    assert any("first is written" in line for line in process.stdout)
     process.send_signal(number)
     assert process.wait(timeout=30) == 130
     time.sleep(1)
