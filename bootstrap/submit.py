@@ -146,7 +146,7 @@ def stream(command: list[str], environment: Mapping[str, str]) -> int:
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is Ctrl-C, also where that is ignored
     output = cast(BinaryIO, process.stdout)
     # Whole lines where they are kept; on a terminal as they come, for Spark's progress bar ends none.
     read = output.read1 if sys.stdout.isatty() else output.readline  # type: ignore[attr-defined]

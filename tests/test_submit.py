@@ -178,6 +178,7 @@ def test_an_interrupted_stage_ends_with_all_its_processes_and_leaves_no_output(s
         env=os.environ | {"SPARK_DRIVER_MEMORY": "1g"},
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a job that runs in the background
     )
     assert process.stdout is not None
     assert any("first is written" in line for line in process.stdout)
