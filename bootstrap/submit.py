@@ -16,6 +16,7 @@ FEATURE_CACHE        .dvc/tmp/feature-cache unless set; the folder (or s3:// pre
 --dry_run prints the spark-submit command line; --check only looks whether this machine can run a stage.
 """
 
+import fcntl
 import os
 import re
 import shlex
@@ -23,7 +24,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
 
@@ -32,8 +35,11 @@ JAVA_VERSIONS = (17, 21)  # what Spark 4.0 runs on
 # Greetings of Java and of TensorFlow that no log level silences.
 NOISE = re.compile(rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f")
 HINTS = {
-    b"No space left on device": "the disk is full: free some space, or set SPARK_LOCAL_DIRS to another for Spark's files",
+    b"No space left on device": "the disk is full: free some space, or set SPARK_LOCAL_DIRS (for Spark's files) or "
+    "FEATURE_CACHE to another",
     b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
+    b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out; "
+    "SPARK_MASTER=local[N], with N fewer than there are cores, needs less",
 }
 
 
@@ -69,22 +75,23 @@ def run_local(job: Job, dry_run: bool) -> int:
     check_java()
     if any(letter in str(Path.cwd()) for letter in "[]{}*?\\"):
         raise SystemExit(f"submit: Spark takes {Path.cwd()} for a pattern; rename the folder, without [ ] {{ }} * ? \\")
-    for leftover in (partial, failed):
-        shutil.rmtree(leftover, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    status = stream(command, spark_environment(os.environ))
-    tables = [marker.parent for marker in partial.rglob("_SUCCESS")]
-    for table in tables:
-        tidy(table)
-    if status == 0:
-        shutil.rmtree(job.output, ignore_errors=True)
-        partial.rename(job.output)
-    elif tables:
+    with alone(partial.parent) as lock:
+        for leftover in (partial, failed):
+            shutil.rmtree(leftover, ignore_errors=True)
+        status = stream(command, spark_environment(os.environ), lock)
+        tables = [marker.parent for marker in partial.rglob("_SUCCESS")]
         for table in tables:
-            (failed / table.relative_to(partial)).parent.mkdir(parents=True, exist_ok=True)
-            table.rename(failed / table.relative_to(partial))
-        print(f"submit: the tables that were whole when it failed are in {failed}", file=sys.stderr)
-    shutil.rmtree(partial, ignore_errors=True)
+            tidy(table)
+        if status == 0:
+            shutil.rmtree(job.output, ignore_errors=True)
+            partial.rename(job.output)
+        elif tables:
+            for table in tables:
+                (failed / table.relative_to(partial)).parent.mkdir(parents=True, exist_ok=True)
+                table.rename(failed / table.relative_to(partial))
+            print(f"submit: the tables that were whole when it failed are in {failed}", file=sys.stderr)
+        shutil.rmtree(partial, ignore_errors=True)
     return status
 
 
@@ -141,10 +148,34 @@ def spark_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, **own}
 
 
-def stream(command: list[str], environment: Mapping[str, str]) -> int:
+@contextmanager
+def alone(folder: Path) -> Iterator[int]:
+    """Wait until nobody else is at work in the folder, and keep others waiting.
+
+    Yields the lock's file descriptor. Who inherits it holds the lock too: when this process is killed, the Spark that it
+    started goes on, and must not be joined by another that writes the same files.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"submit: another run is still at work in {folder}; waiting for it to end", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def stream(command: list[str], environment: Mapping[str, str], lock: int) -> int:
     """Run the command, pass its output on as it comes, and end it with all its children when we are told to end."""
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=[lock],
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is Ctrl-C, also where that is ignored
     output = cast(BinaryIO, process.stdout)
@@ -158,6 +189,9 @@ def stream(command: list[str], environment: Mapping[str, str]) -> int:
                 sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
         status = process.wait()
+        if status < 0:
+            print(f"submit: Spark was killed by {signal.Signals(-status).name}", file=sys.stderr)
+            status = 128 - status
     except KeyboardInterrupt:
         print("\nsubmit: interrupted; stopping Spark", file=sys.stderr)
         status = 128 + signal.SIGINT
@@ -189,11 +223,14 @@ def tidy(table: Path) -> None:
     """
     import pyarrow.parquet as pq  # not needed, and perhaps not there yet, for --check
 
-    for part in sorted(table.glob("part-*.parquet")):
+    def write_again(part: Path) -> None:
         name = "-".join(part.name.split("-")[:2])
-        rows = pq.read_table(part).replace_schema_metadata()
+        rows = pq.read_table(part, use_threads=False).replace_schema_metadata()
         pq.write_table(rows, table / f"{name}.parquet", compression="snappy", use_dictionary=False, row_group_size=2048)
         part.unlink()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(write_again, table.glob("part-*.parquet")))
     for other in [*table.glob("_*"), *table.glob(".*")]:
         other.unlink()
 
@@ -223,4 +260,7 @@ def memory_mb() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -187,3 +188,43 @@ def test_an_interrupted_stage_ends_with_all_its_processes_and_leaves_no_output(s
     time.sleep(1)
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert (str(stage) in running, (stage.parent / "out").exists(), (stage.parent / "out.partial").exists()) == (False,) * 3
+
+
+def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = []
+
+    def second() -> None:
+        with submit.alone(tmp_path):
+            order.append("second")
+
+    with submit.alone(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert f"another run is still at work in {tmp_path}; waiting for it to end" in capsys.readouterr().err
+
+
+def test_two_runs_write_to_two_folders_at_once(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with submit.alone(tmp_path), submit.alone(tmp_path / "other"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("raise SystemExit(3)", 3, ""),
+        ("import os; os.kill(os.getpid(), 9)", 137, "Spark was killed by SIGKILL"),
+        ("print('Python worker exited unexpectedly (crashed)'); raise SystemExit(1)", 1, "a Python worker was killed"),
+    ],
+    ids=["fails", "killed", "worker killed"],
+)
+def test_the_status_and_the_reason_of_what_ended_badly(
+    code: str, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with submit.alone(tmp_path) as lock:
+        assert submit.stream([sys.executable, "-c", code], os.environ, lock) == status
+    assert said in capsys.readouterr().err
