@@ -13,7 +13,6 @@ so that a run that is killed loses no more than the tasks that were running.
 
 import argparse
 import hashlib
-import importlib.metadata
 import inspect
 import io
 import json
@@ -24,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from typing import Any
 from urllib.parse import unquote
 
@@ -32,7 +32,6 @@ import pyarrow as pa
 from PIL import Image
 from py4j.protocol import Py4JJavaError
 from pyspark import Accumulator, Broadcast, TaskContext
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -56,6 +55,7 @@ FEATURES = T.StructType(
 )
 COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])  # a row of the cache
 PRECISIONS = ("float32", "bfloat16")
+LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a feature
 
 # Some ten seconds of a core with ResNet50: what a killed run can lose on each core.
 IMAGES_PER_TASK = 256
@@ -183,7 +183,7 @@ def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> st
         "batch_size": batch_size,
         "precision": precision,
         "code": [inspect.getsource(function) for function in (to_pixels, load)],
-        "versions": {name: importlib.metadata.version(name) for name in ("pillow", "tensorflow-cpu")},
+        "versions": [f"{name} {each.version}" for name in LIBRARIES for each in distributions(name=name)],
     }
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -234,10 +234,16 @@ def drop_damaged(spark: SparkSession, cache: str, n_features: int) -> None:
 
 def is_empty(spark: SparkSession, path: str) -> bool:
     """Whether a Parquet file is sound and has no row."""
+    jvm: Any = spark._jvm
+    file, _ = hadoop_path(spark, path)
+    source = jvm.org.apache.parquet.hadoop.util.HadoopInputFile.fromPath(file, spark._jsc.hadoopConfiguration())
     try:
-        return spark.read.schema(COMPUTED).parquet(path).isEmpty()
-    except (Py4JJavaError, PySparkException):
+        reader = jvm.org.apache.parquet.hadoop.ParquetFileReader.open(source)
+    except Py4JJavaError:
         return False
+    n_rows = reader.getRecordCount()
+    reader.close()
+    return bool(n_rows == 0)
 
 
 def append(computed: DataFrame, cache: str) -> None:

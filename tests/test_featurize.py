@@ -7,13 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
@@ -38,6 +41,22 @@ def graph() -> bytes:
     @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8, name="pixels")])
     def means(pixels: tf.Tensor) -> tf.Tensor:
         return tf.reduce_mean(tf.cast(pixels, tf.float32), axis=[1, 2], name="features")
+
+    frozen = convert_variables_to_constants_v2(means.get_concrete_function())
+    return frozen.graph.as_graph_def().SerializeToString(deterministic=True)
+
+
+@pytest.fixture(scope="session")
+def slow_graph() -> bytes:
+    """The same backbone, but a batch takes it a tenth of a second."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8, name="pixels")])
+    def means(pixels: tf.Tensor) -> tf.Tensor:
+        exact = tf.reduce_mean(tf.cast(pixels, tf.float32), axis=[1, 2])
+        work = tf.fill((700, 700), tf.reduce_mean(exact) / 2**20)
+        for _ in range(10):
+            work = work @ work
+        return tf.add(exact, tf.minimum(tf.reduce_sum(tf.abs(work)), 0.0), name="features")
 
     frozen = convert_variables_to_constants_v2(means.get_concrete_function())
     return frozen.graph.as_graph_def().SerializeToString(deterministic=True)
@@ -355,24 +374,36 @@ class Workplace:
         (self.images / path).parent.mkdir(parents=True, exist_ok=True)
         (self.images / path).write_bytes(content)
 
-    def submit(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.CompletedProcess[str]:
+    def start(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
         settings = {"FEATURE_CACHE": str(self.folder / cache), "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": "local[2]"}
         command = [sys.executable, ROOT / "bootstrap" / "submit.py", ROOT / "stages" / stage, *arguments]
-        return subprocess.run(command, cwd=self.folder, env=os.environ | settings, capture_output=True, text=True)
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=os.environ | settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def ingest(self) -> None:
         flags = (
             "--group_pattern x --fold_pattern x --max_pixels 10000 --max_file_mb 1 --max_quarantine_ratio 0 --file_size_mb 1"
         )
-        done = self.submit("ingest.py", "images", "ingested", *flags.split())
-        assert done.returncode == 0, done.stderr[-2000:]
+        process = self.start("ingest.py", "images", "ingested", *flags.split())
+        assert (process.communicate()[1], process.returncode) == ("", 0)
 
-    def featurize(self, cache: str = "cache") -> subprocess.CompletedProcess[str]:
-        flags = "--batch_size 8 --precision float32 --images_per_file 8"
-        return self.submit("featurize.py", "ingested", "backbone", "features", *flags.split(), cache=cache)
+    def start_featurize(self, cache: str = "cache", batch_size: int = 8, images_per_file: int = 8) -> subprocess.Popen[str]:
+        flags = f"--batch_size {batch_size} --precision float32 --images_per_file {images_per_file}"
+        return self.start("featurize.py", "ingested", "backbone", "features", *flags.split(), cache=cache)
 
-    def features(self, cache: str = "cache") -> "Run":
-        done = self.featurize(cache)
+    def featurize(self, **settings: Any) -> subprocess.CompletedProcess[str]:
+        process = self.start_featurize(**settings)
+        stdout, stderr = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def features(self, **settings: Any) -> "Run":
+        done = self.featurize(**settings)
         assert done.returncode == 0, done.stderr[-2000:]
         return Run({file.name: file.read_bytes() for file in (self.folder / "features").iterdir()}, done.stdout, done.stderr)
 
@@ -396,20 +427,30 @@ def runs(graph: bytes, contents: list[bytes], tmp_path_factory: pytest.TempPathF
         place.add(f"{'Apple' if i % 3 else 'Pear'}/{i}.img.{'png' if i % 2 else 'jpg'}", content)
     place.add("Pear/twin.jpg", contents[0])
     place.ingest()
-    runs = {"first": place.features(), "again": place.features()}
+    runs = {"first": place.features(), "another batch size": place.features(batch_size=4), "back again": place.features()}
     place.add("Pear/new.jpg", contents[18])
-    place.ingest()
-    runs["one added"] = place.features()
     (place.images / "Apple" / "1.img.png").unlink()
     shutil.move(place.images / "Apple" / "2.img.jpg", place.images / "Pear" / "2.img.jpg")
+    Image.new("RGB", (9, 9), "red").save(place.images / "Apple" / "4.img.jpg")
     place.ingest()
-    runs |= {"one removed, one moved": place.features(), "empty cache": place.features(cache="other")}
+    runs |= {"one new, one changed, one moved, one gone": place.features(), "empty cache": place.features(cache="other")}
+    for file, harm in zip(sorted((place.folder / "other").rglob("*.parquet")), ("truncated", "garbage"), strict=True):
+        DAMAGE[harm](file)
+    runs["damaged cache"] = place.features(cache="other")
     return runs
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("run", "passes"), [("first", 18), ("again", 0), ("one added", 1), ("one removed, one moved", 0), ("empty cache", 18)]
+    ("run", "passes"),
+    [
+        ("first", 18),
+        ("another batch size", 18),
+        ("back again", 0),
+        ("one new, one changed, one moved, one gone", 2),
+        ("empty cache", 18),
+        ("damaged cache", 18),
+    ],
 )
 def test_only_images_never_seen_go_through_the_backbone(run: str, passes: int, runs: dict[str, Run]) -> None:
     assert f" {passes} passes of means" in runs[run].stdout
@@ -417,17 +458,21 @@ def test_only_images_never_seen_go_through_the_backbone(run: str, passes: int, r
 
 @pytest.mark.slow
 def test_a_second_run_writes_the_same_bytes(runs: dict[str, Run]) -> None:
-    assert runs["again"].files == runs["first"].files
+    assert runs["back again"].files == runs["first"].files
 
 
 @pytest.mark.slow
-def test_features_from_the_cache_are_the_bytes_that_are_computed(runs: dict[str, Run]) -> None:
-    assert runs["one removed, one moved"].files == runs["empty cache"].files
+@pytest.mark.parametrize("run", ["one new, one changed, one moved, one gone", "damaged cache"])
+def test_features_are_the_bytes_that_an_empty_cache_gives(run: str, runs: dict[str, Run]) -> None:
+    assert runs[run].files == runs["empty cache"].files
 
 
 @pytest.mark.slow
-def test_no_file_of_a_sound_cache_is_called_damaged(runs: dict[str, Run]) -> None:
-    assert [name for name, run in runs.items() if "damaged" in run.stdout + run.stderr] == []
+def test_only_damaged_files_are_called_damaged(runs: dict[str, Run]) -> None:
+    said = {
+        name: (run.stdout + run.stderr).count(" is damaged; its features are computed again") for name, run in runs.items()
+    }
+    assert {name: times for name, times in said.items() if times} == {"damaged cache": 2}
 
 
 @pytest.mark.slow
@@ -447,7 +492,7 @@ def test_rows_of_a_file_are_sorted_by_image_and_path(runs: dict[str, Run]) -> No
 
 @pytest.mark.slow
 def test_an_image_that_is_moved_has_its_new_label(runs: dict[str, Run]) -> None:
-    labels = {row["path"]: row["label"] for row in runs["one removed, one moved"].rows()}
+    labels = {row["path"]: row["label"] for row in runs["one new, one changed, one moved, one gone"].rows()}
     assert labels["Pear/2.img.jpg"] == "Pear"
     assert "Apple/2.img.jpg" not in labels
 
@@ -462,3 +507,81 @@ def test_a_graph_that_is_not_the_described_one_ends_the_run(graph: bytes, conten
     assert "backbone/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`." in said
     assert "Traceback" not in said
     assert not (tmp_path / "features").exists()
+
+
+# Killed in the middle
+
+N_KILLED = 1600  # images, eight tasks: each run ends some
+
+
+def victims(submit: psutil.Process) -> dict[str, psutil.Process]:
+    """The processes of a run of featurize: submit, jvm, driver and one worker."""
+    named = {"submit": submit}
+    for process in submit.children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            words = process.cmdline()
+            if words[0].endswith("java"):
+                named["jvm"] = process
+            elif any(word.endswith("/featurize.py") for word in words[:3]):
+                named["driver"] = process
+            elif "pyspark.daemon" in words and "pyspark.daemon" in process.parent().cmdline():
+                named["worker"] = process
+    return named
+
+
+class Killed(NamedTuple):
+    """Runs of one delivery, each of which lost a process, and the last one, which was left alone."""
+
+    statuses: dict[str, int]
+    kept: list[str]  # content_id of each row of the cache
+    last: Run
+
+
+@pytest.fixture(scope="module")
+def killed(slow_graph: bytes, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    place = Workplace(tmp_path_factory.mktemp("place"), slow_graph)
+    for i in range(N_KILLED):
+        file = io.BytesIO()
+        Image.new("RGB", (SIZE, SIZE), (i % 256, i // 256, 7)).save(file, "PNG")
+        place.add(f"Apple/{i}.png", file.getvalue())
+    place.ingest()
+
+    def kept() -> list[Path]:
+        return list((place.folder / "cache").glob("*/*/part-*.parquet"))
+
+    statuses = {}
+    for victim in ("jvm", "driver", "worker", "submit"):
+        before, deadline = len(kept()), time.monotonic() + 120
+        process = place.start_featurize(images_per_file=N_KILLED)
+        while len(kept()) == before:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.3)  # the other task of the first two ends, and the next two are under way
+        victims(psutil.Process(process.pid))[victim].kill()
+        statuses[victim] = process.wait(timeout=60)
+    last = place.features(images_per_file=N_KILLED)
+    return Killed(statuses, ds.dataset(kept(), format="parquet").to_table()["content_id"].to_pylist(), last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "status"), [("jvm", 137), ("driver", 137), ("worker", 1), ("submit", -9)])
+def test_a_killed_run_fails(victim: str, status: int, killed: Killed) -> None:
+    assert killed.statuses[victim] == status
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_compute_nothing_again_that_had_ended(killed: Killed) -> None:
+    assert (len(killed.kept), len(set(killed.kept))) == (N_KILLED, N_KILLED)
+
+
+@pytest.mark.slow
+def test_the_run_after_a_killed_submit_waits_for_the_spark_that_it_left(killed: Killed) -> None:
+    assert "another run is still at work in" in killed.last.stderr
+    assert " 0 passes of means" in killed.last.stdout
+
+
+@pytest.mark.slow
+def test_the_features_after_killed_runs_are_those_of_the_images(killed: Killed) -> None:
+    expected = {f"Apple/{i}.png": [float(i % 256), float(i // 256), 7.0] for i in range(N_KILLED)}
+    assert {row["path"]: row["features"] for row in killed.last.rows()} == expected

@@ -1,5 +1,6 @@
 """The whole pipeline on few images, as a stranger runs it: dvc in a fresh clone, without a git identity."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.test_contract import SPARK_STAGES
 
 pytestmark = pytest.mark.slow
 
@@ -52,25 +54,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def forget(clone: Path) -> None:
-    """Delete every output and every trace of how it was made."""
-    for name in (".dvc/cache", ".dvc/tmp", "data/sample", "data/backbone", "data/ingested", "data/features"):
-        shutil.rmtree(clone / name)
-    for name in ("data/covariance", "data/reduced", "reports/evaluation"):
-        shutil.rmtree(clone / name)
-
-
 def test_a_second_run_has_nothing_to_do(clone: Path) -> None:
-    assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == 7
-
-
-@pytest.mark.parametrize("master", ["local[1]", "local-cluster[2,1,1024]"])
-def test_the_same_bytes_on_any_number_of_cores_and_executors(clone: Path, master: str) -> None:
-    before = (clone / "dvc.lock").read_text()
-    forget(clone)
-    (clone / "dvc.lock").unlink()
-    run("dvc", "repro", cwd=clone, SPARK_MASTER=master)
-    assert yaml.safe_load((clone / "dvc.lock").read_text()) == yaml.safe_load(before)
+    assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == 8
 
 
 def test_another_k_runs_reduce_and_evaluate_only(clone: Path) -> None:
@@ -82,3 +67,33 @@ def test_metrics_diff_shows_what_another_k_costs(clone: Path) -> None:
     run("dvc", "exp", "run", "-S", "reduce.k=2", cwd=clone)
     lines = [line.split() for line in run("dvc", "metrics", "diff", cwd=clone).splitlines()]
     assert ["reports/evaluation/metrics.json", "variance.components", "8", "2", "-6"] in lines
+
+
+def test_two_experiments_at_once_are_both_right(clone: Path) -> None:
+    for k in (3, 5):  # with features that neither the cache nor DVC has
+        run("dvc", "exp", "run", "--queue", "-n", f"k{k}", "-S", f"reduce.k={k}", "-S", "featurize.batch_size=5", cwd=clone)
+    run("dvc", "exp", "run", "--run-all", "--jobs", "2", cwd=clone)
+    refs = run("git", "for-each-ref", "--format=%(refname)", "refs/exps", cwd=clone).splitlines()
+    features = set()
+    for k in (3, 5):
+        (ref,) = (ref for ref in refs if ref.endswith(f"/k{k}"))
+        stages = yaml.safe_load(run("git", "show", f"{ref}:dvc.lock", cwd=clone))["stages"]
+        changes = json.loads(run("dvc", "metrics", "diff", "--json", "HEAD", f"k{k}", cwd=clone))
+        assert changes["reports/evaluation/metrics.json"]["variance.components"]["new"] == k
+        features.add(stages["featurize"]["outs"][0]["md5"])
+    assert len(features) == 1
+
+
+def forget(clone: Path) -> None:
+    """Delete what Spark's stages wrote, and every trace of how it was made."""
+    for name in (".dvc/cache", ".dvc/tmp", "data/ingested", "data/features", "data/covariance", "data/reduced"):
+        shutil.rmtree(clone / name)
+
+
+@pytest.mark.parametrize("master", ["local[1]", "local-cluster[2,1,1024]"])
+def test_the_same_bytes_on_any_number_of_cores_and_executors(clone: Path, master: str) -> None:
+    before = (clone / "dvc.lock").read_text()
+    forget(clone)
+    said = run("dvc", "repro", "reduce", cwd=clone, SPARK_MASTER=master)
+    assert [stage for stage in SPARK_STAGES if f"Running stage '{stage}'" not in said] == []
+    assert yaml.safe_load((clone / "dvc.lock").read_text()) == yaml.safe_load(before)

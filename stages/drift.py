@@ -1,0 +1,150 @@
+"""drift: whether the images that are new since an earlier run look like those that were there.
+
+usage: drift.py FEATURES BACKBONE REDUCED OUTPUT --since HEAD
+
+reads   FEATURES, BACKBONE/backbone.json
+        the same and REDUCED/model as they were in the git revision --since, from DVC's cache or remote
+writes  OUTPUT  counts of images and labels that came and went; how well the earlier PCA describes the images that came
+
+The principal components of the earlier images span what these have in common. An image that is not like them loses more
+by being projected (Jackson and Mudholkar 1979, "Control procedures for residuals associated with principal component
+analysis"). How much is usual is measured on the earlier images themselves.
+
+Runs without Spark, in bounded memory but for the names of images. What it says depends on git's history, not on its inputs
+alone; so its output is no output of DVC and enters no lock. Git keeps it, beside the delivery that it describes.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow.dataset as ds
+from dvc.api import DVCFileSystem
+
+USUAL = 0.99  # share of the earlier images whose reconstruction error is usual
+ROWS = 4096  # of features, at once
+N_NAMED = 5  # images that are named, at most
+
+
+class Basis(NamedTuple):
+    """Principal components, as the stage reduce has them."""
+
+    mean: np.ndarray  # (n_features,)
+    scale: np.ndarray  # (n_features,)
+    components: np.ndarray  # (n_components, n_features), orthonormal rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    images = read(args.features, ["image_id", "path", "label"])
+    drift: dict[str, Any] = {}
+    try:
+        earlier = DVCFileSystem(".", rev=args.since)
+        earlier_images = read(args.features, ["image_id", "label"], earlier)
+        is_comparable = graph_of(args.backbone, earlier) == graph_of(args.backbone)
+        basis = read_basis(f"{args.reduced}/model", earlier) if is_comparable else None
+    except Exception as error:  # no commit, no run in it, no copy of its data here, no key to the remote: git's, DVC's, S3's
+        said = f"nothing to compare with: the run of {args.since} is not to be had ({error})"
+    else:
+        errors = reconstruction_errors(args.features, basis) if basis else None
+        drift, said = compare(images.assign(error=errors), earlier_images)
+    partial = Path(f"{args.output}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(drift, indent=2) + "\n")
+    partial.rename(args.output)
+    print(f"drift: {said}")
+
+
+def compare(images: pd.DataFrame, earlier: pd.DataFrame) -> tuple[dict[str, Any], str]:
+    """What the run's images (image_id, path, label, error) have that the earlier ones (image_id, label) had not.
+
+    Returns
+    -------
+    metrics, and a sentence for people
+        Without errors (NaN: another backbone), or where no image is new or none is old, the metrics have no comparison of
+        errors.
+    """
+    distinct = images.drop_duplicates("image_id")
+    is_new = ~distinct["image_id"].isin(earlier["image_id"])
+    new, old = distinct[is_new], distinct[~is_new]
+    drift: dict[str, Any] = {
+        "new": {
+            "images": len(new),
+            "share": rounded(len(new) / len(distinct)),
+            "labels": len(set(images["label"]) - set(earlier["label"])),
+        },
+        "gone": {
+            "images": int((~earlier["image_id"].drop_duplicates().isin(distinct["image_id"])).sum()),
+            "labels": len(set(earlier["label"]) - set(images["label"])),
+        },
+        "relabelled": count_relabelled(images, earlier),
+    }
+    said = f"{len(new):,} of {len(distinct):,} images are new"
+    if len(new) and len(old) and distinct["error"].notna().all():
+        usual = old["error"].quantile(USUAL)
+        drift["error"] = {
+            "ratio": rounded(new["error"].mean() / old["error"].mean()),  # 1: they look alike
+            "unusual": rounded((new["error"] > usual).mean()),  # 0.01: they look alike
+        }
+        first = new.nlargest(N_NAMED, "error")["path"]
+        said += (
+            f"; the earlier PCA loses {drift['error']['ratio']:.2f} times as much of them as of the others, and "
+            f"{drift['error']['unusual']:.0%} of them look unusual. First to look at: {', '.join(first)}"
+        )
+    return drift, said
+
+
+def count_relabelled(images: pd.DataFrame, earlier: pd.DataFrame) -> int:
+    """Images that both have, but not under the same labels."""
+    pairs = [table[["image_id", "label"]].drop_duplicates() for table in (images, earlier)]
+    both = pairs[0].merge(pairs[1], how="outer", indicator=True)
+    changed = both.loc[both["_merge"] != "both", "image_id"]
+    return int((changed.isin(images["image_id"]) & changed.isin(earlier["image_id"])).groupby(changed).any().sum())
+
+
+def reconstruction_errors(features: str, basis: Basis) -> np.ndarray:
+    """What each row of FEATURES loses by projection on the components, squared: float64, (n_rows,)."""
+    errors = []
+    for batch in ds.dataset(features, format="parquet").to_batches(["features"], batch_size=ROWS):
+        rows = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
+        scaled = (rows - basis.mean) / basis.scale
+        errors.append((scaled**2).sum(axis=1) - ((scaled @ basis.components.T) ** 2).sum(axis=1))
+    return np.concatenate(errors)
+
+
+def read_basis(model: str, file_system: DVCFileSystem) -> Basis:
+    scaling = read(f"{model}/scaling", ["feature", "mean", "scale"], file_system).sort_values("feature")
+    components = read(f"{model}/components", ["component", "weights"], file_system).sort_values("component")
+    return Basis(scaling["mean"].to_numpy(), scaling["scale"].to_numpy(), np.stack(components["weights"].to_list()))
+
+
+def graph_of(backbone: str, file_system: DVCFileSystem | None = None) -> str:
+    """Which network it was: features of two cannot be compared."""
+    path = f"{backbone}/backbone.json"
+    text = file_system.read_text(path) if file_system else Path(path).read_text()
+    return str(json.loads(text)["graph_sha256"])
+
+
+def read(folder: str, columns: list[str], file_system: DVCFileSystem | None = None) -> pd.DataFrame:
+    return ds.dataset(folder, filesystem=file_system, format="parquet").to_table(columns).to_pandas()
+
+
+def rounded(value: float) -> float:
+    return round(float(value), 4)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("features")
+    parser.add_argument("backbone")
+    parser.add_argument("reduced")
+    parser.add_argument("output")
+    parser.add_argument("--since", required=True, help="git revision of the earlier run")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
