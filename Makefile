@@ -22,7 +22,7 @@ experiments: .venv/run ## what was tried, side by side
 test: .venv/dev ## what takes minutes; run it before each commit
 	@pytest
 
-test-slow: .venv/dev ## the rest: the whole pipeline, real networks, interrupted runs
+test-slow: .venv/dev ## the rest: the whole pipeline, real networks, killed runs
 	@pytest -m slow
 
 lint: .venv/dev ## ruff and mypy

@@ -1,0 +1,158 @@
+"""What it costs that a collection grows a little: featurize and covariance, all anew against the new images only.
+
+usage: growing.py IMAGES [--n_images 10000] [--n_added 100] [--n_runs 2]
+
+IMAGES is a folder of photographs, a folder for each label, of at least n_images + n_added that differ. The backbone is
+data/backbone; run `make run` first. Runs the stages as DVC does, with the parameters of params.yaml, in turn:
+
+start-up   one image and an empty cache: what Spark and TensorFlow take before they work
+full       n_images and an empty cache
+added      n_images + n_added and the cache that `full` left
+
+Writes benchmarks/growing.json: seconds (median, least and most), passes of the backbone, and the ratio of medians that
+counts, (added - start-up) / (full - start-up). For covariance it writes what its one pass takes, and whether sums that are
+brought up to date are the sums of a fresh pass, to the last bit.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as ds
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from stages.covariance import Moments, merge, moments_of, to_matrix  # noqa: E402
+
+RUNS = ("start-up", "full", "added")
+N_SHORT = 3  # runs of start-up and added for each of full
+
+
+def main() -> None:
+    args = parse_args()
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        images = distinct_images(args.images, args.n_images + args.n_added)
+        for run, n in zip(RUNS, (1, args.n_images, args.n_images + args.n_added), strict=True):
+            link(images[:n], args.images, folder / run / "images")
+            submit(folder / run, "ingest", "images", "ingested", params["ingest"])
+        runs: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
+        for i in range(args.n_runs):
+            full, one = folder / f"full-{i}", folder / "one"
+            measure("full", folder, full, params, runs)
+            for _ in range(N_SHORT):  # many times: a second more or less matters
+                copy = shutil.copytree(full, folder / "copy")
+                measure("added", folder, copy, params, runs)
+                measure("start-up", folder, one, params, runs)
+                shutil.rmtree(copy)
+                shutil.rmtree(one)
+        seconds = {run: statistics.median(each["seconds"] for each in runs[run]) for run in RUNS}
+        results = {
+            "machine": machine(),
+            "backbone": json.loads((ROOT / "data/backbone/backbone.json").read_text())["name"],
+            "featurize": {run: {"passes": runs[run][0]["passes"], **spread(runs[run], "seconds")} for run in RUNS},
+            "ratio": round((seconds["added"] - seconds["start-up"]) / (seconds["full"] - seconds["start-up"]), 4),
+            "covariance": {run: spread(runs[run], "covariance") for run in RUNS},
+            "sums": compare_sums(folder / "full/features", folder / "added/features"),
+        }
+    (ROOT / "benchmarks/growing.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results, indent=2))
+
+
+def measure(run: str, folder: Path, cache: Path, params: dict[str, Any], runs: dict[str, list[dict[str, float]]]) -> None:
+    """Run featurize and covariance, and add what they took to runs."""
+    inputs = ("ingested", str(ROOT / "data/backbone"))
+    said, seconds = submit(folder / run, "featurize", *inputs, "features", params["featurize"], cache=cache)
+    _, covariance = submit(folder / run, "covariance", "features", "covariance", params["covariance"])
+    passes = re.findall(r"([\d,]+) passes of", said)[-1]
+    runs[run].append({"seconds": seconds, "passes": int(passes.replace(",", "")), "covariance": covariance})
+    print(f"{run:<10}{seconds:6.1f} s  {passes:>7} passes;  covariance {covariance:5.1f} s", flush=True)
+
+
+def submit(folder: Path, stage: str, *places_and_flags: Any, cache: Path | None = None) -> tuple[str, float]:
+    """What the stage said, and its seconds from start to end."""
+    *places, section = places_and_flags
+    flags = [word for key, value in section.items() for word in (f"--{key}", str(value))]
+    command = [sys.executable, ROOT / "bootstrap/submit.py", ROOT / f"stages/{stage}.py", *places, *flags]
+    own = {"FEATURE_CACHE": str(cache)} if cache else {}
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stdout[-3000:] + done.stderr)
+    return done.stdout, time.monotonic() - started
+
+
+def distinct_images(folder: Path, n: int) -> list[Path]:
+    """The first n images that differ, by SHA-256: those of any prefix are spread over all labels."""
+    by_hash = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.rglob("*.*") if path.is_file()}
+    images = [path for _, path in sorted(by_hash.items()) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    if len(images) < n:
+        raise SystemExit(f"growing: {folder} has {len(images):,} images that differ; {n:,} are needed")
+    return images[:n]
+
+
+def link(images: list[Path], source: Path, target: Path) -> None:
+    for image in images:
+        place = target / image.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, place)
+
+
+def spread(runs: list[dict[str, float]], key: str) -> dict[str, float]:
+    values = [run[key] for run in runs]
+    return {"median": round(statistics.median(values), 1), "least": round(min(values), 1), "most": round(max(values), 1)}
+
+
+def compare_sums(old: Path, all_: Path) -> dict[str, float]:
+    """Scatter matrices of the whole, in one pass, and as the old one's with the new rows merged in."""
+    before = set(ds.dataset(old, format="parquet").to_table(["image_id"])["image_id"].to_pylist())
+    table = ds.dataset(all_, format="parquet").to_table(["image_id", "features"])
+    is_old = np.array([each in before for each in table["image_id"].to_pylist()])
+    features = to_matrix(table["features"])
+    fresh, updated = moments_of(features), merge(moments_of(features[is_old]), moments_of(features[~is_old]))
+    return {"entries_that_differ": differ(fresh, updated), "largest_difference": largest(fresh, updated)}
+
+
+def differ(a: Moments, b: Moments) -> float:
+    """Share of the scatter matrix's entries that are not the same bits."""
+    return round(float(np.mean(a.scatter != b.scatter)), 4)
+
+
+def largest(a: Moments, b: Moments) -> float:
+    """Largest difference, as a share of the largest entry."""
+    return float(f"{np.abs(a.scatter - b.scatter).max() / np.abs(a.scatter).max():.1e}")
+
+
+def machine() -> dict[str, Any]:
+    processor = (
+        re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    )
+    return {"processor": processor[1] if processor else platform.processor(), "cores": os.cpu_count()}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("images", type=lambda text: Path(text).resolve())
+    parser.add_argument("--n_images", type=int, default=10_000)
+    parser.add_argument("--n_added", type=int, default=100)
+    parser.add_argument("--n_runs", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
