@@ -49,7 +49,7 @@ def main() -> None:
         folder = Path(name)
         images = distinct_images(args.images, args.n_images + args.n_added)
         for run, n in zip(RUNS, (1, args.n_images, args.n_images + args.n_added), strict=True):
-            link(images[:n], args.images, folder / run / "images")
+            copy_images(images[:n], args.images, folder / run / "images")
             submit(folder / run, "ingest", "images", "ingested", params["ingest"])
         runs: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
         for i in range(args.n_runs):
@@ -106,7 +106,7 @@ def distinct_images(folder: Path, n: int) -> list[Path]:
     return images[:n]
 
 
-def link(images: list[Path], source: Path, target: Path) -> None:
+def copy_images(images: list[Path], source: Path, target: Path) -> None:
     for image in images:
         place = target / image.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)

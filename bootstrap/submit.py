@@ -162,6 +162,8 @@ def alone(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             print(f"submit: another run is still at work in {folder}; waiting for it to end", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system that cannot lock a folder, such as NFS
         yield lock
     finally:
         os.close(lock)
@@ -190,7 +192,8 @@ def stream(command: list[str], environment: Mapping[str, str], lock: int) -> int
                 sys.stdout.flush()
         status = process.wait()
         if status < 0:
-            print(f"submit: Spark was killed by {signal.Signals(-status).name}", file=sys.stderr)
+            reason = "; perhaps memory ran out" if -status == signal.SIGKILL else ""
+            print(f"submit: Spark was killed by {signal.Signals(-status).name}{reason}", file=sys.stderr)
             status = 128 - status
     except KeyboardInterrupt:
         print("\nsubmit: interrupted; stopping Spark", file=sys.stderr)

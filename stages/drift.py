@@ -64,8 +64,8 @@ def compare(images: pd.DataFrame, earlier: pd.DataFrame) -> tuple[dict[str, Any]
     Returns
     -------
     metrics, and a sentence for people
-        Without errors (NaN: another backbone), or where no image is new or none is old, the metrics have no comparison of
-        errors.
+        Without errors (NaN: another backbone; 0: as many components as there are), or where no image is new or none is
+        old, the metrics have no comparison of errors.
     """
     distinct = images.drop_duplicates("image_id")
     is_new = ~distinct["image_id"].isin(earlier["image_id"])
@@ -83,7 +83,7 @@ def compare(images: pd.DataFrame, earlier: pd.DataFrame) -> tuple[dict[str, Any]
         "relabelled": count_relabelled(images, earlier),
     }
     said = f"{len(new):,} of {len(distinct):,} images are new"
-    if len(new) and len(old) and distinct["error"].notna().all():
+    if len(new) and len(old) and distinct["error"].notna().all() and old["error"].mean() > 0:
         usual = old["error"].quantile(USUAL)
         drift["error"] = {
             "ratio": rounded(new["error"].mean() / old["error"].mean()),  # 1: they look alike
@@ -111,7 +111,8 @@ def reconstruction_errors(features: str, basis: Basis) -> np.ndarray:
     for batch in ds.dataset(features, format="parquet").to_batches(["features"], batch_size=ROWS):
         rows = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
         scaled = (rows - basis.mean) / basis.scale
-        errors.append((scaled**2).sum(axis=1) - ((scaled @ basis.components.T) ** 2).sum(axis=1))
+        lost = (scaled**2).sum(axis=1) - ((scaled @ basis.components.T) ** 2).sum(axis=1)
+        errors.append(lost.clip(0))  # rounding
     return np.concatenate(errors)
 
 

@@ -102,8 +102,13 @@ def test_the_strangest_are_named_first() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "errors"),
-    [(SAME, [1.0, 2.0, 3.0, 3.0]), ([("x", "Fig"), ("y", "Fig")], [1.0, 2.0]), ([*SAME, ("d", "Fig")], None)],
-    ids=["none is new", "all are new", "another backbone"],
+    [
+        (SAME, [1.0, 2.0, 3.0, 3.0]),
+        ([("x", "Fig"), ("y", "Fig")], [1.0, 2.0]),
+        ([*SAME, ("d", "Fig")], None),
+        ([*SAME, ("d", "Fig")], [0.0] * 5),
+    ],
+    ids=["none is new", "all are new", "another backbone", "nothing is lost"],
 )
 def test_where_nothing_can_be_compared_there_is_no_error(rows: list[tuple[str, str]], errors: list[float] | None) -> None:
     assert "error" not in compare(rows, errors)

@@ -1,5 +1,6 @@
 """submit.py: the command line it makes, what it publishes, and how it ends."""
 
+import errno
 import io
 import json
 import os
@@ -213,11 +214,20 @@ def test_two_runs_write_to_two_folders_at_once(tmp_path: Path) -> None:
         pass
 
 
+def test_a_folder_that_cannot_be_locked_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as of NFS
+
+    monkeypatch.setattr(submit.fcntl, "flock", flock)
+    with submit.alone(tmp_path) as lock:
+        assert os.fstat(lock).st_ino == tmp_path.stat().st_ino
+
+
 @pytest.mark.parametrize(
     ("code", "status", "said"),
     [
         ("raise SystemExit(3)", 3, ""),
-        ("import os; os.kill(os.getpid(), 9)", 137, "Spark was killed by SIGKILL"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "Spark was killed by SIGKILL; perhaps memory ran out"),
         ("print('Python worker exited unexpectedly (crashed)'); raise SystemExit(1)", 1, "a Python worker was killed"),
     ],
     ids=["fails", "killed", "worker killed"],
