@@ -6,13 +6,16 @@ reads   INGESTED/images, INGESTED/quarantine, FEATURES, COVARIANCE, REDUCED/mode
 writes  OUTPUT/metrics.json     counts, explained variance, accuracies
         OUTPUT/summary.txt      the same for people
         OUTPUT/spectrum.csv     component, explained_variance_ratio, cumulative_explained_variance_ratio
-        OUTPUT/accuracy.csv     k, embedding, features, pixels: accuracy of the nearest neighbour
+        OUTPUT/accuracy.csv     k, embedding, features, pixels: accuracy of the nearest neighbour;
+                                loss, loss_low, loss_high: features minus embedding, with its 95 % interval
         OUTPUT/labels.csv       label, n_images, recall
         OUTPUT/predictions.csv  path, label, predicted: each image tested, by its nearest neighbour in the embedding
 
 Photographs of one object from one side are nearly equal, so a random split measures nothing. Here a group of them is in one
 fold only; all is fitted on one fold, PCA too, and tested on the other, then the other way round. Beside the accuracy of the
-embedding stand that of the full feature space and that of 16 x 16 raw pixels, the floor.
+embedding stand that of the full feature space and that of 16 x 16 raw pixels, the floor. How much of a difference is chance
+is told by a bootstrap over groups (Efron and Tibshirani 1993, "An introduction to the bootstrap", 8.5): were the images of
+a group drawn one by one, as if each were news, the interval would be far too narrow.
 
 Runs without Spark, in bounded memory: counts come from all images, accuracies from max_images of them, chosen by SHA-256.
 """
@@ -35,6 +38,9 @@ THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
 ROUNDING = 1e-12  # of a sum of shares
 SPACES = ("embedding", "features", "pixels")
 ROWS = 1024  # of a distance matrix, at once
+DRAWS = 2000  # of the bootstrap
+INTERVAL = (0.025, 0.975)
+ACCURACY = ("k", *SPACES, "loss", "loss_low", "loss_high")
 
 
 class Moments(NamedTuple):
@@ -72,14 +78,16 @@ def main(argv: list[str] | None = None) -> None:
         "variance": variance(spectrum["cumulative_explained_variance_ratio"].to_numpy(), k),
     }
     predictions = pd.DataFrame({"path": [], "label": [], "predicted": []})
-    accuracy = pd.DataFrame({"k": [], "embedding": [], "features": [], "pixels": []})
+    accuracy = pd.DataFrame({name: [] for name in ACCURACY})
     if folds:
         metrics["variance"]["held_out_error"] = rounded(np.mean([fold["held_out_error"] for fold in folds]))
         for score in ("nearest_neighbour", "linear_probe"):
             metrics[score] = {space: rounded(np.mean([fold[score][space] for fold in folds])) for space in SPACES}
         metrics["tested"] = {"images": sum(len(fold["predictions"]) for fold in folds), "folds": len(folds)}
         predictions = pd.concat([fold["predictions"] for fold in folds]).sort_values("path")
-        accuracy = pd.concat([fold["curve"] for fold in folds]).groupby("k", as_index=False).mean().round(4)
+        curve = pd.concat([fold["curve"] for fold in folds]).groupby("k").mean()
+        accuracy = curve.join(losses([fold["hits"] for fold in folds])).round(4).reset_index()
+        metrics["variance"]["k_enough"] = smallest_k(accuracy)
     hits = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"])
     labels = hits.agg(n_images="size", recall="mean").round(4).reset_index()
 
@@ -135,6 +143,9 @@ def evaluate_fold(
             "pixels": linear_probe(*pixels, labels, truth),
         },
         "curve": pd.DataFrame([{"k": each, **accuracy, "embedding": np.mean(by_k[each] == truth)} for each in ks]),
+        "hits": pd.DataFrame(
+            {each: by_k[each] == truth for each in ks} | {"features": predicted["features"] == truth}
+        ).assign(group=test["group"].to_numpy()),
         "predictions": pd.DataFrame({"path": test["path"], "label": truth, "predicted": predicted["embedding"]}),
     }
 
@@ -182,6 +193,39 @@ def nearest_labels(train: np.ndarray, test: np.ndarray, labels: np.ndarray, ks: 
     return by_width if ks else by_width[widths[0]]
 
 
+def losses(folds: list[pd.DataFrame]) -> pd.DataFrame:
+    """What the first k components lose of the full space's accuracy, the mean of the folds, with its interval.
+
+    Parameters
+    ----------
+    folds
+        for each fold a row an image tested: its group, and whether it was recognised in the full space (column features)
+        and by the first k components (column k, for each k)
+
+    Returns
+    -------
+    loss, loss_low, loss_high by k, for those k that all folds have
+    """
+    random = np.random.default_rng(0)
+    draws, observed = [], []
+    for hits in folds:
+        by_group = hits.assign(n=1).groupby("group").sum()
+        lost = -by_group.drop(columns=["features", "n"]).sub(by_group["features"], axis=0)
+        chosen = random.multinomial(len(lost), np.full(len(lost), 1 / len(lost)), size=DRAWS)
+        sizes = by_group["n"].to_numpy()
+        draws.append(pd.DataFrame(chosen @ lost.to_numpy() / (chosen @ sizes)[:, None], columns=lost.columns))
+        observed.append(lost.sum() / sizes.sum())
+    mean = sum(draws) / len(draws)
+    low, high = (mean.quantile(each) for each in INTERVAL)
+    return pd.DataFrame({"loss": sum(observed) / len(observed), "loss_low": low, "loss_high": high}).dropna()
+
+
+def smallest_k(accuracy: pd.DataFrame) -> int:
+    """The fewest components of the curve that cannot be told from the full space; the most there are, if all can be."""
+    enough = accuracy.loc[accuracy["loss_low"] <= 0, "k"]
+    return int(enough.min() if len(enough) else accuracy["k"].max())
+
+
 def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth: np.ndarray) -> float:
     """Accuracy of logistic regression, scaled so that one penalty suits spaces of any unit."""
     if len(set(labels)) < 2:
@@ -193,11 +237,13 @@ def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth:
 
 
 def read_sample(ingested: str, features: str, n_images: int, max_images: int) -> pd.DataFrame:
-    """Distinct images: path, label, fold, features and pixels, float32 arrays; about max_images, chosen by SHA-256."""
+    """About max_images distinct images, chosen by SHA-256: path, label, group, fold, features and pixels, float32 arrays."""
     share = min(1.0, max_images / max(n_images, 1))
     # SHA-256 is uniform: the share of images whose hash begins below this is the share asked for.
     chosen = pc.field("image_id") < f"{int(share * 16**8):08x}" if share < 1 else pc.field("image_id").is_valid()
-    rows = ds.dataset(features, format="parquet").to_table(["image_id", "path", "label", "fold", "features"], filter=chosen)
+    rows = ds.dataset(features, format="parquet").to_table(
+        ["image_id", "path", "label", "group", "fold", "features"], filter=chosen
+    )
     pixels = ds.dataset(f"{ingested}/images", format="parquet").to_table(["image_id", "thumbnail"], filter=chosen)
     thumbnails = pixels.to_pandas().drop_duplicates("image_id").set_index("image_id")["thumbnail"]
     # One row for each distinct image: with a copy of it in the other fold, a nearest neighbour proves nothing.
@@ -262,6 +308,8 @@ def summary(metrics: dict[str, Any], args: argparse.Namespace) -> str:
                 f"  {name:<52}" + "".join(f"{metrics[key][space]:>11.1%}" for space in SPACES)
                 for name, key in (("nearest neighbour", "nearest_neighbour"), ("linear probe", "linear_probe"))
             ),
+            "",
+            f"k = {kept['k_enough']:,} is enough: the smallest of those tried whose accuracy may be that of the features",
         ]
     lines += ["", f"features: {args.features}   model and embeddings: {args.reduced}   figures: {args.output}"]
     return "\n".join(lines) + "\n"

@@ -425,6 +425,48 @@ def test_the_summary_says_the_numbers_of_the_metrics(output: Path, metrics: dict
         assert accuracies in " ".join(summary.split())
 
 
+# Which k is enough
+
+
+def hits(n_groups: int, n_images: int, features: float, by_k: dict[int, float], seed: int = 0) -> pd.DataFrame:
+    """Whole groups that are recognised or not, with these chances: images of a group are no news of one another."""
+    random = np.random.default_rng(seed)
+    luck = random.random(n_groups)
+    rows = {each: np.repeat(luck < chance, n_images) for each, chance in {**by_k, "features": features}.items()}
+    return pd.DataFrame(rows).assign(group=np.repeat(np.arange(n_groups), n_images))
+
+
+def test_the_loss_is_the_difference_of_accuracies_averaged_over_folds() -> None:
+    folds = [hits(50, 3, 0.8, {2: 0.5}, seed) for seed in (1, 2)]
+    expected = np.mean([fold["features"].mean() - fold[2].mean() for fold in folds])
+    assert evaluate.losses(folds).loc[2, "loss"] == pytest.approx(expected)
+
+
+def test_the_interval_is_that_of_the_normal_approximation_over_groups() -> None:
+    fold = hits(400, 5, 0.8, {2: 0.6})
+    by_group = (fold["features"].astype(int) - fold[2]).groupby(fold["group"]).mean()
+    half = 1.96 * by_group.std() / np.sqrt(400)
+    found = evaluate.losses([fold]).loc[2]
+    assert found["loss_low"] == pytest.approx(by_group.mean() - half, abs=0.1 * half)
+    assert found["loss_high"] == pytest.approx(by_group.mean() + half, abs=0.1 * half)
+
+
+def test_more_images_of_the_same_groups_do_not_narrow_the_interval() -> None:
+    few, many = (evaluate.losses([hits(30, n_images, 0.8, {2: 0.6})]).loc[2] for n_images in (1, 50))
+    assert few["loss_high"] - few["loss_low"] == pytest.approx(many["loss_high"] - many["loss_low"])
+
+
+def test_a_k_that_one_fold_lacks_has_no_loss() -> None:
+    assert evaluate.losses([hits(9, 2, 0.8, {2: 0.6, 4: 0.7}), hits(9, 2, 0.8, {2: 0.6})]).index.tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("low", "enough"), [([0.1, -0.01, -0.2], 4), ([0.1, 0.2, 0.0], 8), ([-0.1, 0.1, -0.1], 2), ([0.1, 0.2, 0.3], 8)]
+)
+def test_the_smallest_k_whose_loss_may_be_none_is_enough(low: list[float], enough: int) -> None:
+    assert evaluate.smallest_k(pd.DataFrame({"k": [2, 4, 8], "loss_low": low})) == enough
+
+
 # Odd collections
 
 
@@ -462,7 +504,7 @@ def test_images_of_one_fold_are_told_of_in_the_summary(one_fold: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
-        ("accuracy", ["k", "embedding", "features", "pixels"]),
+        ("accuracy", ["k", "embedding", "features", "pixels", "loss", "loss_low", "loss_high"]),
         ("labels", ["label", "n_images", "recall"]),
         ("predictions", ["path", "label", "predicted"]),
     ],
