@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:  # no commit, no run in it, no copy of its data here, no key to the remote: git's, DVC's, S3's
         said = f"nothing to compare with: the run of {args.since} is not to be had ({error})"
     else:
-        errors = reconstruction_errors(args.features, basis) if basis else None
+        is_any_new = not images["image_id"].isin(earlier_images["image_id"]).all()
+        errors = reconstruction_errors(args.features, basis) if basis and is_any_new else None
         drift, said = compare(images.assign(error=errors), earlier_images)
     partial = Path(f"{args.output}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
