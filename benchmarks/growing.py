@@ -1,17 +1,18 @@
 """What it costs that a collection grows a little: featurize and covariance, all anew against the new images only.
 
-usage: growing.py IMAGES [--n_images 10000] [--n_added 100] [--n_runs 2]
+usage: growing.py IMAGES [--backbone data/backbone] [--precision float32] [--n_images 10000] [--n_added 100] [--n_runs 2]
 
-IMAGES is a folder of photographs, a folder for each label, of at least n_images + n_added that differ. The backbone is
-data/backbone; run `make run` first. Runs the stages as DVC does, with the parameters of params.yaml, in turn:
+IMAGES is a folder of photographs, a folder for each label, of at least n_images + n_added that differ. The backbone is the
+output of the stage of that name; run `make run` first. Runs the stages as DVC does, with the parameters of params.yaml, in
+turn:
 
 start-up   one image and an empty cache: what Spark and TensorFlow take before they work
 full       n_images and an empty cache
 added      n_images + n_added and the cache that `full` left
 
-Writes benchmarks/growing.json: seconds (median, least and most), passes of the backbone, and the ratio of medians that
-counts, (added - start-up) / (full - start-up). For covariance it writes what its one pass takes, and whether sums that are
-brought up to date are the sums of a fresh pass, to the last bit.
+Writes to benchmarks/growing.json, under the backbone's name: seconds (median, least and most), passes of the backbone, and
+the ratio of medians that counts, (added - start-up) / (full - start-up). For covariance it writes what its one pass takes,
+and whether sums that are brought up to date are the sums of a fresh pass, to the last bit.
 """
 
 import argparse
@@ -45,6 +46,7 @@ N_SHORT = 3  # runs of start-up and added for each of full
 def main() -> None:
     args = parse_args()
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["featurize"]["precision"] = args.precision
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images = distinct_images(args.images, args.n_images + args.n_added)
@@ -54,30 +56,34 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
         for i in range(args.n_runs):
             full, one = folder / f"full-{i}", folder / "one"
-            measure("full", folder, full, params, runs)
+            measure("full", folder, args.backbone, full, params, runs)
             for _ in range(N_SHORT):  # many times: a second more or less matters
                 copy = shutil.copytree(full, folder / "copy")
-                measure("added", folder, copy, params, runs)
-                measure("start-up", folder, one, params, runs)
+                measure("added", folder, args.backbone, copy, params, runs)
+                measure("start-up", folder, args.backbone, one, params, runs)
                 shutil.rmtree(copy)
                 shutil.rmtree(one)
         seconds = {run: statistics.median(each["seconds"] for each in runs[run]) for run in RUNS}
         results = {
             "machine": machine(),
-            "backbone": json.loads((ROOT / "data/backbone/backbone.json").read_text())["name"],
+            "precision": args.precision,
             "featurize": {run: {"passes": runs[run][0]["passes"], **spread(runs[run], "seconds")} for run in RUNS},
             "ratio": round((seconds["added"] - seconds["start-up"]) / (seconds["full"] - seconds["start-up"]), 4),
             "covariance": {run: spread(runs[run], "covariance") for run in RUNS},
             "sums": compare_sums(folder / "full/features", folder / "added/features"),
         }
-    (ROOT / "benchmarks/growing.json").write_text(json.dumps(results, indent=2) + "\n")
+    file = ROOT / "benchmarks/growing.json"
+    name = json.loads((args.backbone / "backbone.json").read_text())["name"]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: results}, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 
-def measure(run: str, folder: Path, cache: Path, params: dict[str, Any], runs: dict[str, list[dict[str, float]]]) -> None:
+def measure(
+    run: str, folder: Path, backbone: Path, cache: Path, params: dict[str, Any], runs: dict[str, list[dict[str, float]]]
+) -> None:
     """Run featurize and covariance, and add what they took to runs."""
-    inputs = ("ingested", str(ROOT / "data/backbone"))
-    said, seconds = submit(folder / run, "featurize", *inputs, "features", params["featurize"], cache=cache)
+    places = ("ingested", backbone, "features")
+    said, seconds = submit(folder / run, "featurize", *places, params["featurize"], cache=cache)
     _, covariance = submit(folder / run, "covariance", "features", "covariance", params["covariance"])
     passes = re.findall(r"([\d,]+) passes of", said)[-1]
     runs[run].append({"seconds": seconds, "passes": int(passes.replace(",", "")), "covariance": covariance})
@@ -141,6 +147,8 @@ def machine() -> dict[str, Any]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("images", type=lambda text: Path(text).resolve())
+    parser.add_argument("--backbone", type=lambda text: Path(text).resolve(), default=ROOT / "data/backbone")
+    parser.add_argument("--precision", default="float32")
     parser.add_argument("--n_images", type=int, default=10_000)
     parser.add_argument("--n_added", type=int, default=100)
     parser.add_argument("--n_runs", type=int, default=2)

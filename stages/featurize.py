@@ -76,14 +76,14 @@ def main(argv: list[str] | None = None) -> None:
     if hashlib.sha256(graph).hexdigest() != backbone["graph_sha256"]:
         raise SystemExit(f"featurize: {args.backbone}/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`.")
     images = spark.read.schema(IMAGES).parquet(f"{args.ingested}/images")
-    n_images = images.count()
+    keys = images.drop("content").persist()  # and Spark knows how large it is: small enough, no join shuffles features
+    n_images = keys.count()
     n_files = math.ceil(n_images / args.images_per_file)
     spark.conf.set("spark.sql.shuffle.partitions", max(n_files, spark.sparkContext.defaultParallelism))
 
     about = {"backbone": backbone, "batch_size": args.batch_size, "precision": args.precision}
     cache = open_cache(spark, fingerprint(**about), about)
-    drop_damaged(spark, cache, backbone["n_features"])
-    missing = missing_ids(images, read_cache(spark, cache)).persist()
+    missing = missing_ids(keys, heal(spark, cache, backbone["n_features"])).persist()
     n_missing = missing.count()
     if n_missing:
         passes = spark.sparkContext.accumulator(0)
@@ -97,10 +97,12 @@ def main(argv: list[str] | None = None) -> None:
                 f"featurize: {passes.value:,} passes of the backbone for {n_missing:,} images; it must be one each."
             )
 
-    features = images.join(read_cache(spark, cache).dropDuplicates(["content_id"]), "content_id")
     (
-        features.select(*FEATURES.names)
+        read_cache(spark, cache, backbone["n_features"])
+        .join(keys, "content_id")
+        .select(*FEATURES.names)
         .repartition(n_files, "image_id")
+        .dropDuplicates(["image_id", "path"])  # what two runs at once both computed
         .sortWithinPartitions("image_id", "path")
         .write.parquet(args.output)
     )
@@ -208,28 +210,30 @@ def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
     return cache
 
 
-def read_cache(spark: SparkSession, cache: str) -> DataFrame:
-    """COMPUTED; what cannot be read is passed over."""
+def read_cache(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
+    """COMPUTED; what cannot be read, or is not of n_features, is passed over."""
     return (
         spark.read.schema(COMPUTED)
         .option("recursiveFileLookup", True)
         .option("pathGlobFilter", "*.parquet")
         .option("ignoreCorruptFiles", True)
         .parquet(cache)
+        .where(F.size("features") == n_features)
     )
 
 
-def drop_damaged(spark: SparkSession, cache: str, n_features: int) -> None:
-    """Remove each file of the cache that cannot be read from end to end, so that it is computed again."""
+def heal(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
+    """The content_id of each row of the cache, when each file of which nothing can be read has been removed."""
+    rows = read_cache(spark, cache, n_features).select("content_id", "_metadata.file_path").persist()
+    sound = rows.select("file_path").distinct()
     files = spark.read.format("binaryFile").option("recursiveFileLookup", True).option("pathGlobFilter", "*.parquet")
-    present = files.load(cache).select("_metadata.file_path")
-    sound = read_cache(spark, cache).where(F.size("features") == n_features).select("_metadata.file_path").distinct()
-    for (url,) in present.join(sound, "file_path", "left_anti").collect():
+    for (url,) in files.load(cache).select("_metadata.file_path").join(sound, "file_path", "left_anti").collect():
         path = unquote(url)
         if not is_empty(spark, path):  # Spark writes a file for its schema where a task has no row
             print(f"featurize: {path} is damaged; its features are computed again", file=sys.stderr)
         file, file_system = hadoop_path(spark, path)
         file_system.delete(file, False)
+    return rows.select("content_id")
 
 
 def is_empty(spark: SparkSession, path: str) -> bool:

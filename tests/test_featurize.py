@@ -222,12 +222,12 @@ def computed(spark: SparkSession, ids: str) -> DataFrame:
 
 
 def ids_in(spark: SparkSession, cache: Path) -> str:
-    return "".join(sorted(row.content_id for row in featurize.read_cache(spark, str(cache)).collect()))
+    return "".join(sorted(row.content_id for row in featurize.read_cache(spark, str(cache), N_FEATURES).collect()))
 
 
 def test_a_new_cache_is_empty(spark: SparkSession, tmp_path: Path) -> None:
     cache = open_cache(spark, tmp_path / "not" / "yet")
-    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    featurize.heal(spark, str(cache), N_FEATURES)
     assert cache.is_dir()
     assert ids_in(spark, cache) == ""
 
@@ -241,7 +241,7 @@ def test_what_is_appended_is_read_with_what_was_there(spark: SparkSession, tmp_p
     cache = open_cache(spark, tmp_path)
     for ids in ("ab", "c"):
         featurize.append(computed(spark, ids), str(cache))
-    read = featurize.read_cache(spark, str(cache)).orderBy("content_id").collect()
+    read = featurize.read_cache(spark, str(cache), N_FEATURES).orderBy("content_id").collect()
     assert [(row.content_id, row.features) for row in read] == [(each, [1.0, 2.0, float(ord(each))]) for each in "abc"]
 
 
@@ -274,7 +274,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 class Healed(NamedTuple):
-    """A cache of sound and damaged files, after drop_damaged."""
+    """A cache of sound and damaged files, after heal."""
 
     files: dict[str, Path]
     sound: list[Path]
@@ -297,7 +297,7 @@ def healed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Hea
             files[name].with_name(f".{files[name].name}.crc").unlink()
     said = io.StringIO()
     with redirect_stderr(said):
-        featurize.drop_damaged(spark, str(cache), N_FEATURES)
+        featurize.heal(spark, str(cache), N_FEATURES)
     return Healed(files, sound, said.getvalue(), ids_in(spark, cache))
 
 
@@ -314,7 +314,7 @@ def test_a_damaged_file_is_named_on_stderr(name: str, healed: Healed) -> None:
 def test_an_empty_file_is_passed_over(spark: SparkSession, tmp_path: Path) -> None:
     cache = open_cache(spark, tmp_path)
     (cache / "part.parquet").write_bytes(b"")
-    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    featurize.heal(spark, str(cache), N_FEATURES)
     assert ids_in(spark, cache) == ""
 
 
@@ -328,7 +328,7 @@ def test_a_damaged_file_is_removed_whatever_the_folders_letters(name: str, spark
     cache = open_cache(spark, tmp_path / name)
     damaged = cache / "part.parquet"
     damaged.write_bytes(b"garbage")
-    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    featurize.heal(spark, str(cache), N_FEATURES)
     assert not damaged.exists()
 
 
@@ -339,7 +339,7 @@ def test_what_a_killed_run_was_just_writing_is_passed_over(
     half = cache / "run" / "_temporary" / "0" / "task" / "part-00000.parquet"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"PAR1")
-    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    featurize.heal(spark, str(cache), N_FEATURES)
     assert ids_in(spark, cache) == ""
     assert capsys.readouterr().err == ""
 
@@ -353,7 +353,7 @@ def test_a_task_without_images_leaves_nothing_that_is_called_damaged(
         featurize.append(
             work.select("content_id", F.lit([1.0, 2.0, 3.0]).cast("array<float>").alias("features")), str(cache)
         )
-    featurize.drop_damaged(spark, str(cache), N_FEATURES)
+    featurize.heal(spark, str(cache), N_FEATURES)
     assert capsys.readouterr().err == ""
 
 
