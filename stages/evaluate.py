@@ -2,14 +2,18 @@
 
 usage: evaluate.py INGESTED FEATURES COVARIANCE REDUCED OUTPUT --max_images 12000 --curve 2 4 8 16
 
-reads   INGESTED/images, INGESTED/quarantine, FEATURES, COVARIANCE, REDUCED/model
+reads   INGESTED/images, INGESTED/quarantine, FEATURES, COVARIANCE, REDUCED
 writes  OUTPUT/metrics.json     counts, explained variance, accuracies
         OUTPUT/summary.txt      the same for people
         OUTPUT/spectrum.csv     component, explained_variance_ratio, cumulative_explained_variance_ratio
         OUTPUT/accuracy.csv     k, embedding, features, pixels: accuracy of the nearest neighbour;
-                                loss, loss_low, loss_high: features minus embedding, with its 95 % interval
+                                loss, loss_low, loss_high: features minus embedding, with its 95 % interval;
+                                is_kept: whether k is the one of REDUCED
         OUTPUT/labels.csv       label, n_images, recall
-        OUTPUT/predictions.csv  path, label, predicted: each image tested, by its nearest neighbour in the embedding
+        OUTPUT/confusion.csv    label, predicted, n_images, share of those of the label; the labels most often confused
+        OUTPUT/predictions.csv  path, label, predicted, nearest: each image tested, and its nearest neighbour in the
+                                embedding, with that one's label
+        OUTPUT/points.csv       path, label, component_1, component_2: some images in the plane of most variance
 
 Photographs of one object from one side are nearly equal, so a random split measures nothing. Here a group of them is in one
 fold only; all is fitted on one fold, PCA too, and tested on the other, then the other way round. Beside the accuracy of the
@@ -33,14 +37,18 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
 ROUNDING = 1e-12  # of a sum of shares
 SPACES = ("embedding", "features", "pixels")
 ROWS = 1024  # of a distance matrix, at once
 DRAWS = 2000  # of the bootstrap
+POINTS = 2000  # of a plot; more are a blot
+CONFUSED = 20  # labels of a confusion matrix that can be read
 INTERVAL = (0.025, 0.975)
-ACCURACY = ("k", *SPACES, "loss", "loss_low", "loss_high")
+ACCURACY = ("k", *SPACES, "loss", "loss_low", "loss_high", "is_kept")
+PREDICTIONS = ("path", "label", "predicted", "nearest")
 
 
 class Moments(NamedTuple):
@@ -69,15 +77,16 @@ def main(argv: list[str] | None = None) -> None:
     sample = read_sample(args.ingested, args.features, len(images), args.max_images)
 
     # One thread for each fold, and one of BLAS in it: the last bits of a result depend on the number of BLAS's threads.
-    with threadpool_limits(1), ThreadPoolExecutor() as pool:
-        both = pool.map(lambda fold: evaluate_fold(sample, moments, fold, k, args.curve, is_scaled), (0, 1))
+    steps = tqdm(total=2 * 2 * len(SPACES), desc="evaluate", disable=None)  # on a terminal only
+    with threadpool_limits(1), ThreadPoolExecutor() as pool, steps:
+        both = pool.map(lambda fold: evaluate_fold(sample, moments, fold, k, args.curve, is_scaled, steps), (0, 1))
         folds = [fold for fold in both if fold]
 
     metrics: dict[str, Any] = {
         "images": count_images(images, args.ingested),
         "variance": variance(spectrum["cumulative_explained_variance_ratio"].to_numpy(), k),
     }
-    predictions = pd.DataFrame({"path": [], "label": [], "predicted": []})
+    predictions = pd.DataFrame({name: [] for name in PREDICTIONS})
     accuracy = pd.DataFrame({name: [] for name in ACCURACY})
     if folds:
         metrics["variance"]["held_out_error"] = rounded(np.mean([fold["held_out_error"] for fold in folds]))
@@ -87,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         predictions = pd.concat([fold["predictions"] for fold in folds]).sort_values("path")
         curve = pd.concat([fold["curve"] for fold in folds]).groupby("k").mean()
         accuracy = curve.join(losses([fold["hits"] for fold in folds])).round(4).reset_index()
+        accuracy["is_kept"] = (accuracy["k"] == k).astype(int)
         metrics["variance"]["k_enough"] = smallest_k(accuracy)
     hits = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"])
     labels = hits.agg(n_images="size", recall="mean").round(4).reset_index()
@@ -100,7 +110,9 @@ def main(argv: list[str] | None = None) -> None:
         ("spectrum", spectrum),
         ("accuracy", accuracy),
         ("labels", labels),
+        ("confusion", confusion(predictions)),
         ("predictions", predictions),
+        ("points", read_points(args.reduced, len(images))),
     ):
         table.to_csv(partial / f"{name}.csv", index=False)
     shutil.rmtree(args.output, ignore_errors=True)
@@ -109,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_fold(
-    sample: pd.DataFrame, moments: dict[int, Moments], test_fold: int, k: int, curve: list[int], is_scaled: bool
+    sample: pd.DataFrame, moments: dict[int, Moments], test_fold: int, k: int, curve: list[int], is_scaled: bool, steps: tqdm
 ) -> dict[str, Any] | None:
     """All that is measured on one fold with what is fitted on the other; None where either has no image.
 
@@ -124,29 +136,36 @@ def evaluate_fold(
     ks = sorted({*(each for each in curve if each <= len(basis.components)), k})
     largest = basis._replace(components=basis.components[: ks[-1]])
 
-    features, pixels = ((np.stack(train[space]), np.stack(test[space])) for space in ("features", "pixels"))
-    embedding = (project(features[0], largest), project(features[1], largest))
+    spaces = {space: (np.stack(train[space]), np.stack(test[space])) for space in ("features", "pixels")}
+    embedding = (project(spaces["features"][0], largest), project(spaces["features"][1], largest))
     labels, truth = train["label"].to_numpy(), test["label"].to_numpy()
-    by_k = nearest_labels(*embedding, labels, ks)
-    predicted = {
-        "embedding": by_k[k],
-        "features": nearest_labels(*features, labels),
-        "pixels": nearest_labels(*pixels, labels),
-    }
+    by_k = nearest(*embedding, ks)
+    steps.update()
+    predicted = {"embedding": labels[by_k[k]]}
+    for space, rows in spaces.items():
+        predicted[space] = labels[nearest(*rows)]
+        steps.update()
+    probes = {}
+    for space, rows in {"embedding": (embedding[0][:, :k], embedding[1][:, :k]), **spaces}.items():
+        probes[space] = linear_probe(*rows, labels, truth)
+        steps.update()
     accuracy = {space: float(np.mean(each == truth)) for space, each in predicted.items()}
     return {
         "held_out_error": held_out_error(moments[test_fold], basis, k),
         "nearest_neighbour": accuracy,
-        "linear_probe": {
-            "embedding": linear_probe(embedding[0][:, :k], embedding[1][:, :k], labels, truth),
-            "features": linear_probe(*features, labels, truth),
-            "pixels": linear_probe(*pixels, labels, truth),
-        },
-        "curve": pd.DataFrame([{"k": each, **accuracy, "embedding": np.mean(by_k[each] == truth)} for each in ks]),
+        "linear_probe": probes,
+        "curve": pd.DataFrame([{"k": each, **accuracy, "embedding": np.mean(labels[by_k[each]] == truth)} for each in ks]),
         "hits": pd.DataFrame(
-            {each: by_k[each] == truth for each in ks} | {"features": predicted["features"] == truth}
+            {each: labels[by_k[each]] == truth for each in ks} | {"features": predicted["features"] == truth}
         ).assign(group=test["group"].to_numpy()),
-        "predictions": pd.DataFrame({"path": test["path"], "label": truth, "predicted": predicted["embedding"]}),
+        "predictions": pd.DataFrame(
+            {
+                "path": test["path"],
+                "label": truth,
+                "predicted": predicted["embedding"],
+                "nearest": train["path"].to_numpy()[by_k[k]],
+            }
+        ),
     }
 
 
@@ -173,23 +192,24 @@ def held_out_error(test: Moments, basis: Basis, k: int) -> float:
     return float(1 - kept / np.trace(about))
 
 
-def nearest_labels(train: np.ndarray, test: np.ndarray, labels: np.ndarray, ks: list[int] | None = None) -> Any:
-    """The label of each test row's nearest training row (Euclidean).
+def nearest(train: np.ndarray, test: np.ndarray, ks: list[int] | None = None) -> Any:
+    """Each test row's nearest training row (Euclidean).
 
     Returns
     -------
-    array of shape (n_test,); where ks is given (rising), a dict of such an array for the first k columns, for each k
+    numbers of training rows, array of shape (n_test,); where ks is given (rising), a dict of such an array for the first k
+    columns, for each k
     """
     widths = ks or [train.shape[1]]
-    nearest: dict[int, list[np.ndarray]] = {width: [] for width in widths}
+    rows: dict[int, list[np.ndarray]] = {width: [] for width in widths}
     for start in range(0, len(test), ROWS):
         some = test[start : start + ROWS]
         distance = np.zeros((len(some), len(train)), np.float32)
         for done, width in zip([0, *widths], widths, strict=False):  # distances add up over columns
             columns = slice(done, width)
             distance += (train[:, columns] ** 2).sum(axis=1) - 2 * some[:, columns] @ train[:, columns].T
-            nearest[width].append(labels[distance.argmin(axis=1)])
-    by_width = {width: np.concatenate(parts) for width, parts in nearest.items()}
+            rows[width].append(distance.argmin(axis=1))
+    by_width = {width: np.concatenate(parts) for width, parts in rows.items()}
     return by_width if ks else by_width[widths[0]]
 
 
@@ -226,6 +246,17 @@ def smallest_k(accuracy: pd.DataFrame) -> int:
     return int(enough.min() if len(enough) else accuracy["k"].max())
 
 
+def confusion(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Which labels are taken for which, among the CONFUSED labels that have the most such errors in pairs."""
+    cells = predictions.groupby(["label", "predicted"]).size().rename("n_images").reset_index()
+    cells["share"] = (cells["n_images"] / cells.groupby("label")["n_images"].transform("sum")).round(4)
+    errors = cells[cells["label"] != cells["predicted"]].sort_values(
+        ["n_images", "label", "predicted"], ascending=[False, True, True]
+    )
+    labels = pd.unique(pd.concat([errors[["label", "predicted"]].stack(), cells["label"]]))[:CONFUSED]
+    return cells[cells["label"].isin(labels) & cells["predicted"].isin(labels)]
+
+
 def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth: np.ndarray) -> float:
     """Accuracy of logistic regression, scaled so that one penalty suits spaces of any unit."""
     if len(set(labels)) < 2:
@@ -238,9 +269,7 @@ def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth:
 
 def read_sample(ingested: str, features: str, n_images: int, max_images: int) -> pd.DataFrame:
     """About max_images distinct images, chosen by SHA-256: path, label, group, fold, features and pixels, float32 arrays."""
-    share = min(1.0, max_images / max(n_images, 1))
-    # SHA-256 is uniform: the share of images whose hash begins below this is the share asked for.
-    chosen = pc.field("image_id") < f"{int(share * 16**8):08x}" if share < 1 else pc.field("image_id").is_valid()
+    chosen = of_share(max_images / max(n_images, 1))
     rows = ds.dataset(features, format="parquet").to_table(
         ["image_id", "path", "label", "group", "fold", "features"], filter=chosen
     )
@@ -251,6 +280,20 @@ def read_sample(ingested: str, features: str, n_images: int, max_images: int) ->
     return sample.assign(
         pixels=[np.frombuffer(thumbnails[each], np.uint8).astype(np.float32) for each in sample["image_id"]]
     )
+
+
+def read_points(reduced: str, n_images: int) -> pd.DataFrame:
+    """About POINTS images, chosen by SHA-256: path, label and the first two coordinates of their embedding."""
+    rows = ds.dataset(f"{reduced}/embeddings", format="parquet").to_table(filter=of_share(POINTS / max(n_images, 1)))
+    points = rows.to_pandas().sort_values("path")
+    for i in (0, 1):
+        points[f"component_{i + 1}"] = [round(float(each[i]), 4) if i < len(each) else 0.0 for each in points["embedding"]]
+    return points[["path", "label", "component_1", "component_2"]]
+
+
+def of_share(share: float) -> pc.Expression:
+    """A filter of rows by image_id, a SHA-256 and so uniform: that share of all images begins below some hash."""
+    return pc.field("image_id") < f"{int(share * 16**8):08x}" if share < 1 else pc.field("image_id").is_valid()
 
 
 def read_moments(covariance: str) -> dict[int, Moments]:

@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 from py4j.protocol import Py4JJavaError
-from pyspark import Accumulator, Broadcast, TaskContext
+from pyspark import Accumulator, Broadcast, SparkConf, TaskContext
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -60,9 +60,12 @@ LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a featu
 # Some ten seconds of a core with ResNet50: what a killed run can lose on each core.
 IMAGES_PER_TASK = 256
 
+SECONDS_WATCHED, SECONDS_LOGGED = 10, 600  # between two lines on how far it is: on a terminal, in a log
+
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    is_watched = SparkConf().get("spark.ui.showConsoleProgress") == "true"
     spark = (
         SparkSession.builder.appName("featurize")
         # A batch of rows is a batch of the backbone: a worker's memory does not grow with the number of images.
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         network = spark.sparkContext.broadcast({"graph": graph})
         work = spread(images.join(missing, "content_id", "left_semi"), n_missing)
         computed = forward(work, network, backbone["image_size"], args.batch_size, args.precision, passes)
-        with progress(passes, n_missing):
+        with progress(passes, n_missing, every=SECONDS_WATCHED if is_watched else SECONDS_LOGGED):
             append(computed, cache)
         if passes.value != n_missing:
             raise SystemExit(
@@ -261,12 +264,12 @@ def append(computed: DataFrame, cache: str) -> None:
 
 
 @contextmanager
-def progress(passes: Accumulator[int], n_missing: int) -> Iterator[None]:
-    """Say every ten seconds how far the backbone is."""
+def progress(passes: Accumulator[int], n_missing: int, every: float) -> Iterator[None]:
+    """Say how far the backbone is, every so many seconds."""
     started, done = time.monotonic(), threading.Event()
 
     def report() -> None:
-        while not done.wait(10):
+        while not done.wait(every):
             seconds = time.monotonic() - started
             left = f"{seconds / passes.value * (n_missing - passes.value):,.0f} s left" if passes.value else "starting"
             print(f"featurize: {passes.value:,} of {n_missing:,} images, {passes.value / seconds:,.1f} a second, {left}")

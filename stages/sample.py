@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
+from tqdm import tqdm
 
 Floats = NDArray[np.floating]  # all of a surface is float32, for speed
 
@@ -150,7 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     render = functools.partial(write_label, folder=partial, frames=args.frames, size=args.size, seed=args.seed)
     with ProcessPoolExecutor() as pool:
-        written = sum(pool.map(render, CATALOGUE))
+        labels = tqdm(
+            pool.map(render, CATALOGUE), "sample", len(CATALOGUE), unit="label", disable=None
+        )  # on a terminal only
+        written = sum(labels)
     shutil.rmtree(args.output, ignore_errors=True)
     partial.rename(args.output)
     print(f"sample: {written} images of {len(CATALOGUE)} labels in {args.output}")

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
@@ -70,6 +71,8 @@ def write_inputs(folder: Path, images: pd.DataFrame, k: int, scale: str = "none"
     write(spectrum[:k].assign(weights=list(pca.components[:k])), folder / "reduced" / "model" / "components")
     scaling = pd.DataFrame({"feature": range(N_FEATURES), "mean": pca.mean, "scale": pca.scale})
     write(scaling, folder / "reduced" / "model" / "scaling")
+    embeddings = reduce.project(np.stack(images["features"]), pca.mean, pca.scale, pca.components[:k])
+    write(images[["image_id", "path", "label"]].assign(embedding=embeddings.tolist()), folder / "reduced" / "embeddings")
     return [str(folder / name) for name in ("ingested", "features", "covariance", "reduced")]
 
 
@@ -127,28 +130,26 @@ def accuracy_oracle(model: Any, images: pd.DataFrame, space: str, k: int, scale:
 
 
 @pytest.mark.parametrize("n_test", [1, 2500], ids=["one row", "more rows than a block"])
-def test_the_nearest_label_is_that_of_scikit_learn_for_several_k_at_once(n_test: int) -> None:
+def test_the_nearest_row_is_that_of_scikit_learn_for_several_k_at_once(n_test: int) -> None:
     random = np.random.default_rng(0)
     train, test = (random.normal(size=(n, 8)).astype(np.float32) for n in (60, n_test))
-    labels = random.choice(LABELS, 60)
-    nearest = evaluate.nearest_labels(train, test, labels, [1, 3, 8])
+    nearest = evaluate.nearest(train, test, [1, 3, 8])
     for k in (1, 3, 8):
-        expected = KNeighborsClassifier(1).fit(train[:, :k], labels).predict(test[:, :k])
+        expected = KNeighborsClassifier(1).fit(train[:, :k], range(60)).predict(test[:, :k])
         # 0.999: float32 cannot always tell which of two neighbours is nearer, where both are as near to the seventh digit.
         assert np.mean(nearest[k] == expected) >= 0.999
 
 
-def test_without_k_the_nearest_label_is_by_all_columns() -> None:
+def test_without_k_the_nearest_row_is_by_all_columns() -> None:
     random = np.random.default_rng(0)
     train, test = (random.normal(size=(n, 8)).astype(np.float32) for n in (30, 20))
-    labels = np.arange(30)
-    expected = KNeighborsClassifier(1).fit(train, labels).predict(test)
-    np.testing.assert_array_equal(evaluate.nearest_labels(train, test, labels), expected)
+    expected = KNeighborsClassifier(1).fit(train, range(30)).predict(test)
+    np.testing.assert_array_equal(evaluate.nearest(train, test), expected)
 
 
 def test_of_equally_near_images_the_first_counts() -> None:
     train = np.array([[1, 0], [0, 1], [1, 0]], np.float32)
-    assert evaluate.nearest_labels(train, np.zeros((1, 2), np.float32), np.array(["a", "b", "c"]), [2])[2].tolist() == ["a"]
+    assert evaluate.nearest(train, np.zeros((1, 2), np.float32), [2])[2].tolist() == [0]
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3], ids=str)
@@ -323,9 +324,9 @@ def metrics(output: Path) -> dict[str, Any]:
     return json.loads((output / "metrics.json").read_text())
 
 
-def test_the_stage_writes_its_six_files_and_nothing_else(output: Path) -> None:
-    names = ["accuracy.csv", "labels.csv", "metrics.json", "predictions.csv", "spectrum.csv", "summary.txt"]
-    assert sorted(path.name for path in output.iterdir()) == names
+def test_the_stage_writes_its_files_and_nothing_else(output: Path) -> None:
+    tables = ["accuracy.csv", "confusion.csv", "labels.csv", "points.csv", "predictions.csv", "spectrum.csv"]
+    assert sorted(path.name for path in output.iterdir()) == sorted([*tables, "metrics.json", "summary.txt"])
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
@@ -393,6 +394,7 @@ def test_metrics_have_scikit_learns_accuracy_of_logistic_regression(
 def test_the_curve_has_the_accuracy_at_each_k_up_to_the_rank(output: Path, images: pd.DataFrame, scale: str) -> None:
     curve = read_csv(output, "accuracy")
     assert curve["k"].tolist() == [1, 2, 3, 4]  # those asked for up to six features, and k itself
+    assert curve["is_kept"].tolist() == [0, 0, 1, 0]
     expected = [accuracy_oracle(KNeighborsClassifier(1), images, "embedding", k, scale) for k in (1, 2, 3, 4)]
     np.testing.assert_allclose(curve["embedding"], expected, atol=ROUNDED)
 
@@ -401,6 +403,58 @@ def test_predictions_have_each_tested_image_once(output: Path, images: pd.DataFr
     predictions = read_csv(output, "predictions")
     tested = pd.concat([split(images, fold)[1] for fold in (0, 1)]).sort_values("path")
     assert predictions[["path", "label"]].values.tolist() == tested[["path", "label"]].values.tolist()
+
+
+def test_predictions_name_the_nearest_image_of_the_other_fold(output: Path, images: pd.DataFrame, scale: str) -> None:
+    expected = {}
+    for fold in (0, 1):
+        train, test = split(images, fold)
+        train_rows, test_rows = spaces(images, fold, 3, scale)["embedding"]
+        nearest = KNeighborsClassifier(1).fit(train_rows, train["path"]).predict(test_rows)
+        expected |= dict(zip(test["path"], nearest, strict=True))
+    predictions = read_csv(output, "predictions")
+    assert dict(zip(predictions["path"], predictions["nearest"], strict=True)) == expected
+
+
+def test_the_confusion_of_few_labels_is_scikit_learns_matrix(output: Path) -> None:
+    predictions, confusion = read_csv(output, "predictions"), read_csv(output, "confusion")
+    labels = sorted({*predictions["label"], *predictions["predicted"]})
+    expected = confusion_matrix(predictions["label"], predictions["predicted"], labels=labels)
+    cells = confusion.pivot(index="label", columns="predicted", values="n_images").reindex(index=labels, columns=labels)
+    np.testing.assert_array_equal(cells.fillna(0), expected)
+    assert confusion.groupby("label")["share"].sum().tolist() == pytest.approx([1] * confusion["label"].nunique(), abs=2e-4)
+
+
+def test_of_many_labels_the_most_confused_are_in_the_confusion() -> None:
+    labels = [f"label {i:02}" for i in range(60)]
+    right = pd.DataFrame({"label": labels * 9, "predicted": labels * 9})
+    wrong = pd.DataFrame([(labels[59 - i], labels[30 + i]) for i in range(10) for _ in range(i + 1)], columns=right.columns)
+    confusion = evaluate.confusion(pd.concat([right, wrong]))
+    assert sorted(set(confusion["label"])) == [*labels[30:40], *labels[50:60]]
+    assert confusion.set_index(["label", "predicted"]).loc[("label 50", "label 39"), "n_images"] == 10
+
+
+def test_points_are_the_first_two_coordinates_of_the_embeddings(output: Path, inputs: list[str]) -> None:
+    embeddings = pq.read_table(f"{inputs[3]}/embeddings").to_pandas().sort_values("path")
+    points = read_csv(output, "points")
+    assert points[["path", "label"]].values.tolist() == embeddings[["path", "label"]].values.tolist()
+    np.testing.assert_allclose(
+        points[["component_1", "component_2"]], np.stack(embeddings["embedding"])[:, :2], atol=ROUNDED
+    )
+
+
+def test_points_are_bounded_however_many_images_there_are(tmp_path: Path) -> None:
+    ids = [digest(str(i)) for i in range(20_000)]
+    table = pd.DataFrame({"image_id": ids, "path": ids, "label": "a", "embedding": [[1.0, 2.0]] * len(ids)})
+    write(table, tmp_path / "embeddings")
+    points = evaluate.read_points(str(tmp_path), len(ids))
+    assert len(points) == pytest.approx(evaluate.POINTS, rel=0.1)
+    assert points["path"].max() < sorted(ids)[3 * evaluate.POINTS // 2]  # those of the least SHA-256
+
+
+def test_one_component_is_drawn_on_a_line(tmp_path: Path) -> None:
+    run(write_inputs(tmp_path, make_images(), k=1), tmp_path / "report")
+    assert set(read_csv(tmp_path / "report", "points")["component_2"]) == {0.0}
 
 
 def test_recall_of_a_label_is_the_share_of_its_images_predicted_so(output: Path) -> None:
@@ -504,9 +558,10 @@ def test_images_of_one_fold_are_told_of_in_the_summary(one_fold: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "columns"),
     [
-        ("accuracy", ["k", "embedding", "features", "pixels", "loss", "loss_low", "loss_high"]),
+        ("accuracy", ["k", "embedding", "features", "pixels", "loss", "loss_low", "loss_high", "is_kept"]),
         ("labels", ["label", "n_images", "recall"]),
-        ("predictions", ["path", "label", "predicted"]),
+        ("predictions", ["path", "label", "predicted", "nearest"]),
+        ("confusion", ["label", "predicted", "n_images", "share"]),
     ],
 )
 def test_images_of_one_fold_give_tables_without_rows(name: str, columns: list[str], one_fold: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -357,6 +358,28 @@ def test_a_task_without_images_leaves_nothing_that_is_called_damaged(
     assert capsys.readouterr().err == ""
 
 
+class Passes:
+    """An accumulator that is counted up by nobody."""
+
+    value = 25
+
+
+def test_progress_says_how_far_and_how_long(capsys: pytest.CaptureFixture[str]) -> None:
+    with featurize.progress(Passes(), 100, every=0.5):
+        time.sleep(0.7)
+    first = capsys.readouterr().out.splitlines()[0]
+    said = re.fullmatch(r"featurize: 25 of 100 images, ([\d.]+) a second, (\d+) s left", first)
+    assert said
+    assert float(said[1]) <= 25 / 0.5
+    assert float(said[2]) == pytest.approx(75 / float(said[1]), abs=0.6)
+
+
+def test_progress_is_quiet_before_its_time(capsys: pytest.CaptureFixture[str]) -> None:
+    with featurize.progress(Passes(), 100, every=60):
+        time.sleep(0.05)
+    assert capsys.readouterr().out == ""
+
+
 # The whole stage, as it is run
 
 
@@ -511,7 +534,7 @@ def test_a_graph_that_is_not_the_described_one_ends_the_run(graph: bytes, conten
 
 # Killed in the middle
 
-N_KILLED = 1600  # images, eight tasks: each run ends some
+N_KILLED = 2400  # images, ten tasks: each of four killed runs ends two of them, or, on a busy machine, some more
 
 
 def victims(submit: psutil.Process) -> dict[str, psutil.Process]:
