@@ -2,22 +2,27 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+REPORT := data/ingested data/reduced reports/evaluation reports/report.html
 CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run experiments test test-slow lint cache-info cache-clear check identity
+.PHONY: help run report experiments test test-slow lint cache-info cache-clear check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: .venv/run identity ## images to features, PCA and its metrics; only what changed is computed
 	@dvc repro
+	@python reports/report.py $(REPORT)
 	@printf '\n'; cat reports/evaluation/summary.txt
-	@printf '\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
+	@printf '\nSee:   reports/report.html\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
+
+report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their runs beside this one's
+	@python reports/report.py $(REPORT) $(REVISIONS)
 
 experiments: .venv/run ## what was tried, side by side
-	@dvc exp show --drop '.*' --keep '.*(Experiment|images.images|reduce\.|explained|held_out|embedding).*'
+	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|reduce.k|reduce.scale)$$' --sort-by reduce.k
 
 test: .venv/dev ## what takes minutes; run it before each commit
 	@pytest

@@ -1,0 +1,232 @@
+"""report: one page about a run that a person can look at: what came out, charts, pictures.
+
+usage: report.py INGESTED REDUCED EVALUATION OUTPUT [REVISION...]
+
+reads   INGESTED/images, INGESTED/quarantine, REDUCED/embeddings, EVALUATION
+        and, through DVC, the charts of dvc.yaml and the experiments of this commit
+writes  OUTPUT  HTML, whole in itself: it opens without a network
+
+With revisions (commits, branches, tags, experiments) the charts show their runs beside that of the workspace. This is no
+stage of the pipeline: an experiment should not wait for it.
+"""
+
+import argparse
+import base64
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dvc.api
+import jinja2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import vl_convert
+from PIL import Image
+
+PIXELS = 112  # of a picture's longer side
+NEIGHBOURS = 5
+QUERIES = 8  # images whose neighbours are shown
+PAIRS, EXAMPLES = 6, 3  # confused pairs of labels, and images of each
+ROWS = 50  # of the tables of refused files and of experiments
+
+# What a run is judged by: the name in metrics.json, the format, and what it says.
+METRICS = (
+    ("images.images", "{:,}", "photographs in the tables, each of them a row"),
+    ("images.labels", "{:,}", "labels, which are the folders"),
+    ("images.groups", "{:,}", "groups: films of one object, whose frames are nearly equal"),
+    ("images.quarantined", "{:,}", "files that were refused; they are listed below with the reason"),
+    ("images.duplicates", "{:,}", "photographs whose content was there already; they cost no second pass of the network"),
+    ("images.label_conflicts", "{:,}", "photographs that lie under two labels: one of the two is wrong"),
+    ("variance.components", "{:,}", "k, the components that are kept of each feature vector"),
+    ("variance.explained", "{:.1%}", "of the variance of the features is in these components"),
+    ("variance.held_out_error", "{:.1%}", "of the variance of films that PCA has not seen is lost by as many components"),
+    ("variance.k95", "{:,}", "components would keep 95 % of the variance"),
+    ("variance.k_enough", "{:,}", "components are enough: the fewest tried whose accuracy may be that of all features"),
+    ("nearest_neighbour.embedding", "{:.1%}", "of the images are next to one of their own label, with k components"),
+    ("nearest_neighbour.features", "{:.1%}", "with all features: what the reduction can reach at most"),
+    ("nearest_neighbour.pixels", "{:.1%}", "with 16 x 16 raw pixels: what needs no network"),
+    ("linear_probe.embedding", "{:.1%}", "are recognised by a logistic regression on k components"),
+    ("linear_probe.features", "{:.1%}", "by one on all features"),
+)
+# What experiments are compared by: parameter or metric, heading, format.
+EXPERIMENTS = (
+    ("reduce.k", "reduce.k", "{:g}"),
+    ("reduce.scale", "scale", "{}"),
+    ("variance.components", "k", "{:g}"),
+    ("variance.explained", "variance kept", "{:.1%}"),
+    ("variance.held_out_error", "lost of unseen films", "{:.1%}"),
+    ("nearest_neighbour.embedding", "nearest neighbour", "{:.1%}"),
+    ("linear_probe.embedding", "linear probe", "{:.1%}"),
+    ("variance.k_enough", "k that is enough", "{:g}"),
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    (metrics,) = pd.json_normalize(json.loads(Path(args.evaluation, "metrics.json").read_text())).to_dict("records")
+    predictions = pd.read_csv(Path(args.evaluation, "predictions.csv"), keep_default_na=False)  # NA may be a label
+    images = ds.dataset(f"{args.ingested}/images", format="parquet")
+
+    labels = one_of_each_label(images)
+    neighbours = nearest_of_some(images, args.reduced, predictions)
+    pairs = confused_pairs(predictions)
+    paths = {*labels["path"], *itertools.chain(*neighbours, *(pair["paths"] for pair in pairs))}
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    text = templates.get_template("report.html.jinja").render(
+        metrics=[(text.format(metrics[name]), name, said) for name, text, said in METRICS if name in metrics],
+        n_images=metrics["images.images"],
+        n_labels=metrics["images.labels"],
+        k=metrics["variance.components"],
+        explained=metrics["variance.explained"],
+        charts=charts(args.revisions),
+        vega=vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"),
+        labels=labels.to_dict("records"),
+        neighbours=neighbours,
+        pairs=pairs,
+        pictures=pictures(images, paths),
+        label_of=label_of(images, paths),
+        **refused(f"{args.ingested}/quarantine"),
+        headings=["run", *(heading for _, heading, _ in EXPERIMENTS)],
+        experiments=experiments(),
+    )
+    partial = Path(f"{args.output}.partial")
+    partial.write_text(text)
+    partial.rename(args.output)
+    print(f"report: {args.output}, {len(text) / 2**20:.1f} MB")
+
+
+def charts(revisions: list[str]) -> dict[str, dict[str, Any]]:
+    """The Vega-Lite specification of each chart of dvc.yaml, by its title."""
+    command = ["plots", "diff", "workspace", *revisions] if revisions else ["plots", "show"]
+    said = subprocess.run([sys.executable, "-m", "dvc", *command, "--json"], capture_output=True, text=True)
+    if said.returncode:
+        raise SystemExit(f"report: `dvc {' '.join(command)}` failed: {said.stderr.strip()}")
+    plots = json.loads(said.stdout)["data"]
+    return {title: of_page(parts[0]["content"], alone=not revisions) for title, parts in plots.items() if parts}
+
+
+def of_page(chart: dict[str, Any], alone: bool) -> dict[str, Any]:
+    """The chart without what the page has: title, version of Vega-Lite and, of one run only, what tells runs apart."""
+    chart = {key: value for key, value in chart.items() if key not in ("title", "$schema")}
+    if isinstance(height := chart.get("height"), dict):  # a chart as wide as the page must know its height
+        y = chart["encoding"]["y"]["field"]
+        chart["height"] = height["step"] * len({row[y] for row in chart["data"]["values"]})
+    if not alone:
+        return chart
+    if "facet" in chart:
+        chart |= chart.pop("spec")
+        del chart["facet"], chart["resolve"]
+    encodings = [chart.get("encoding", {}), *(layer.get("encoding", {}) for layer in chart.get("layer", []))]
+    for encoding in encodings:
+        for channel in [name for name, value in encoding.items() if isinstance(value, dict) and value.get("field") == "rev"]:
+            del encoding[channel]
+    return chart
+
+
+def one_of_each_label(images: ds.Dataset) -> pd.DataFrame:
+    """label, n_images and path, that of the image of least image_id, for each label."""
+    columns = ["label", "image_id", "path"]
+    table = images.to_table(columns).sort_by([(column, "ascending") for column in columns])
+    grouped = table.group_by("label", use_threads=False).aggregate([("path", "first"), ("path", "count")])
+    return grouped.to_pandas().rename(columns={"path_first": "path", "path_count": "n_images"})
+
+
+def nearest_of_some(images: ds.Dataset, reduced: str, predictions: pd.DataFrame) -> list[list[str]]:
+    """The paths of QUERIES images of as many labels as can be, each with those of its NEIGHBOURS in the other fold."""
+    tested = pc.field("path").isin(pa.array(predictions["path"], pa.string()))
+    folds = images.to_table(["path", "fold"], filter=tested).to_pandas()
+    embeddings = ds.dataset(f"{reduced}/embeddings", format="parquet").to_table(filter=tested).to_pandas()
+    rows = embeddings.merge(folds, on="path").sort_values(["image_id", "path"], ignore_index=True)
+    firsts = rows.groupby("label").head(1).sort_values("label")
+    found = []
+    for query in firsts[:: math.ceil(len(firsts) / QUERIES) or 1].itertuples():
+        others = rows[rows["fold"] != query.fold]
+        distance = ((np.stack(others["embedding"].to_list()) - query.embedding) ** 2).sum(axis=1)
+        found.append([query.path, *others["path"].iloc[np.argsort(distance, kind="stable")[:NEIGHBOURS]]])
+    return found
+
+
+def confused_pairs(predictions: pd.DataFrame) -> list[dict[str, Any]]:
+    """The pairs of labels confused most often: label, predicted, n_images, share of the label's, and paths of examples.
+
+    Paths go in twos: the image, and the one that it was taken for.
+    """
+    wrong = predictions[predictions["label"] != predictions["predicted"]]
+    n_images = predictions["label"].value_counts()
+    pairs = [
+        {
+            "label": label,
+            "predicted": predicted,
+            "n_images": len(rows),
+            "share": len(rows) / n_images[label],
+            "paths": rows[["path", "nearest"]].iloc[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES].to_numpy().ravel().tolist(),
+        }
+        for (label, predicted), rows in wrong.groupby(["label", "predicted"])
+    ]
+    return sorted(pairs, key=lambda pair: -pair["n_images"])[:PAIRS]
+
+
+def pictures(images: ds.Dataset, paths: set[str]) -> dict[str, str]:
+    """A small WebP of each image, as a data URI, by path."""
+    wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
+    found = {}
+    for batch in images.scanner(["path", "content"], filter=wanted, batch_size=256).to_batches():
+        for row in batch.to_pylist():
+            with Image.open(io.BytesIO(row["content"])) as image:
+                image.thumbnail((PIXELS, PIXELS))
+                stream = io.BytesIO()
+                image.save(stream, "WEBP", quality=75)
+            found[row["path"]] = "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+    return found
+
+
+def label_of(images: ds.Dataset, paths: set[str]) -> dict[str, str]:
+    wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
+    table = images.to_table(["path", "label"], filter=wanted)
+    return dict(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
+
+
+def refused(quarantine: str) -> dict[str, Any]:
+    """How many files were refused for each reason, and the first of them."""
+    table = ds.dataset(quarantine, format="parquet").to_table(["path", "reason", "detail"]).to_pandas().sort_values("path")
+    return {"reasons": table["reason"].value_counts().to_dict(), "refused": table.head(ROWS).to_dict("records")}
+
+
+def experiments() -> list[list[str]]:
+    """The name of each run of this commit that DVC knows, and what EXPERIMENTS says of it: the workspace's, then by k."""
+    workspace, *others = dvc.api.exp_show()
+    others.sort(key=lambda run: run.get("variance.components") or 0)
+    return [
+        [
+            run["Experiment"] or run["rev"],
+            *("-" if run.get(key) is None else text.format(run[key]) for key, _, text in EXPERIMENTS),
+        ]
+        for run in [workspace, *others][:ROWS]
+    ]
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ingested")
+    parser.add_argument("reduced")
+    parser.add_argument("evaluation")
+    parser.add_argument("output")
+    parser.add_argument("revisions", nargs="*", help="runs that the charts show beside the workspace's")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
