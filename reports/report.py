@@ -131,6 +131,8 @@ def of_page(chart: dict[str, Any], alone: bool) -> dict[str, Any]:
         del chart["facet"], chart["resolve"]
     encodings = [chart.get("encoding", {}), *(layer.get("encoding", {}) for layer in chart.get("layer", []))]
     for encoding in encodings:
+        if "tooltip" in encoding:
+            encoding["tooltip"] = [each for each in encoding["tooltip"] if each["field"] != "rev"]
         for channel in [name for name, value in encoding.items() if isinstance(value, dict) and value.get("field") == "rev"]:
             del encoding[channel]
     return chart

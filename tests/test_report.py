@@ -159,7 +159,7 @@ def test_a_chart_is_described_in_words(title: str, page: str, elements: list[tup
 def test_a_chart_of_one_run_does_not_speak_of_runs(title: str, page: str) -> None:
     chart = charts_in(page)[title]
     del chart["data"]
-    assert '"title": "run", "sort"' not in json.dumps(chart)
+    assert '"rev"' not in json.dumps(chart)
 
 
 @pytest.mark.parametrize("title", CHARTS)
@@ -222,6 +222,10 @@ def test_an_example_of_a_pair_stands_beside_the_image_it_was_taken_for(predictio
         paths = pair["paths"]
         assert 0 < len(paths) // 2 <= report.EXAMPLES
         assert [nearest[path] for path in paths[::2]] == paths[1::2]
+
+
+def test_a_label_called_na_is_confused_like_any_other(page: str) -> None:
+    assert "<h3>NA taken for" in page
 
 
 def test_refused_files_are_listed_with_the_reason(page: str) -> None:
