@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     is_scaled = bool((read(f"{args.reduced}/model/scaling")["scale"] != 1).any())
     images = read(args.features, ["image_id", "label", "group"])
     moments = read_moments(args.covariance)
-    sample = read_sample(args.ingested, args.features, len(images), args.max_images)
+    sample, spaces = read_sample(args.ingested, args.features, len(images), args.max_images)
 
     # One thread for each fold, and one of BLAS in it: the last bits of a result depend on the number of BLAS's threads.
     steps = tqdm(total=2 * 2 * len(SPACES), desc="evaluate", disable=None)  # on a terminal only
     with threadpool_limits(1), ThreadPoolExecutor() as pool, steps:
-        both = pool.map(lambda fold: evaluate_fold(sample, moments, fold, k, args.curve, is_scaled, steps), (0, 1))
+        both = pool.map(lambda fold: evaluate_fold(sample, spaces, moments, fold, k, args.curve, is_scaled, steps), (0, 1))
         folds = [fold for fold in both if fold]
 
     metrics: dict[str, Any] = {
@@ -121,32 +121,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_fold(
-    sample: pd.DataFrame, moments: dict[int, Moments], test_fold: int, k: int, curve: list[int], is_scaled: bool, steps: tqdm
+    sample: pd.DataFrame,
+    spaces: dict[str, np.ndarray],
+    moments: dict[int, Moments],
+    test_fold: int,
+    k: int,
+    curve: list[int],
+    is_scaled: bool,
+    steps: tqdm,
 ) -> dict[str, Any] | None:
     """All that is measured on one fold with what is fitted on the other; None where either has no image.
 
     Images whose label the other fold does not have cannot be recognised, and are left out.
     """
-    train = sample[sample["fold"] != test_fold]
-    test = sample[(sample["fold"] == test_fold) & sample["label"].isin(train["label"])]
-    if train.empty or test.empty:
+    is_train = (sample["fold"] != test_fold).to_numpy()
+    is_test = ~is_train & sample["label"].isin(sample["label"][is_train]).to_numpy()
+    if not is_train.any() or not is_test.any():
         return None
     basis = fit(moments[1 - test_fold], is_scaled)
     k = min(k, len(basis.components))
     ks = sorted({*(each for each in curve if each <= len(basis.components)), k})
     largest = basis._replace(components=basis.components[: ks[-1]])
 
-    spaces = {space: (np.stack(train[space]), np.stack(test[space])) for space in ("features", "pixels")}
-    embedding = (project(spaces["features"][0], largest), project(spaces["features"][1], largest))
+    split = {space: (rows[is_train], rows[is_test]) for space, rows in spaces.items()}
+    embedding = (project(split["features"][0], largest), project(split["features"][1], largest))
+    train, test = sample[is_train], sample[is_test]
     labels, truth = train["label"].to_numpy(), test["label"].to_numpy()
     by_k = nearest(*embedding, ks)
     steps.update()
     predicted = {"embedding": labels[by_k[k]]}
-    for space, rows in spaces.items():
+    for space, rows in split.items():
         predicted[space] = labels[nearest(*rows)]
         steps.update()
     probes = {}
-    for space, rows in {"embedding": (embedding[0][:, :k], embedding[1][:, :k]), **spaces}.items():
+    for space, rows in {"embedding": (embedding[0][:, :k], embedding[1][:, :k]), **split}.items():
         probes[space] = linear_probe(*rows, labels, truth)
         steps.update()
     accuracy = {space: float(np.mean(each == truth)) for space, each in predicted.items()}
@@ -267,19 +275,32 @@ def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth:
     return float(probe.score((test - mean) / spread, truth))
 
 
-def read_sample(ingested: str, features: str, n_images: int, max_images: int) -> pd.DataFrame:
-    """About max_images distinct images, chosen by SHA-256: path, label, group, fold, features and pixels, float32 arrays."""
+def read_sample(
+    ingested: str, features_folder: str, n_images: int, max_images: int
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """About max_images distinct images, chosen by SHA-256.
+
+    Returns
+    -------
+    image_id, path, label, group, fold, a row an image; and its rows in the spaces features and pixels, float32 arrays of
+    shapes (n_images, n_features) and (n_images, 768)
+    """
     chosen = of_share(max_images / max(n_images, 1))
-    rows = ds.dataset(features, format="parquet").to_table(
+    table = ds.dataset(features_folder, format="parquet").to_table(
         ["image_id", "path", "label", "group", "fold", "features"], filter=chosen
     )
-    pixels = ds.dataset(f"{ingested}/images", format="parquet").to_table(["image_id", "thumbnail"], filter=chosen)
-    thumbnails = pixels.to_pandas().drop_duplicates("image_id").set_index("image_id")["thumbnail"]
     # One row for each distinct image: with a copy of it in the other fold, a nearest neighbour proves nothing.
-    sample = rows.to_pandas().sort_values(["image_id", "path"]).drop_duplicates("image_id")
-    return sample.assign(
-        pixels=[np.frombuffer(thumbnails[each], np.uint8).astype(np.float32) for each in sample["image_id"]]
-    )
+    rows = table.drop_columns("features").to_pandas().sort_values(["image_id", "path"]).drop_duplicates("image_id")
+    thumbnails = ds.dataset(f"{ingested}/images", format="parquet").to_table(["image_id", "thumbnail"], filter=chosen)
+    first = pd.Series(range(len(thumbnails)), thumbnails["image_id"].to_pylist()).groupby(level=0).first()
+    features = to_matrix(table["features"].combine_chunks().flatten().to_numpy(), len(table))
+    pixels = to_matrix(np.frombuffer(b"".join(thumbnails["thumbnail"].to_pylist()), np.uint8), len(thumbnails))
+    spaces = {"features": features[rows.index], "pixels": pixels[first[rows["image_id"]]].astype(np.float32)}
+    return rows.reset_index(drop=True), spaces
+
+
+def to_matrix(values: np.ndarray, n_rows: int) -> np.ndarray:
+    return values.reshape(n_rows, -1 if n_rows else 0)
 
 
 def read_points(reduced: str, n_images: int) -> pd.DataFrame:

@@ -224,9 +224,11 @@ def test_a_threshold_that_rounding_alone_misses_is_reached() -> None:
 
 
 def sampled(images: pd.DataFrame, folder: Path, max_images: int) -> pd.DataFrame:
+    """The sample, with its rows of both spaces as columns."""
     write(images.drop(columns="features"), folder / "ingested" / "images")
     write(images.drop(columns="thumbnail"), folder / "features")
-    return evaluate.read_sample(str(folder / "ingested"), str(folder / "features"), len(images), max_images)
+    sample, spaces = evaluate.read_sample(str(folder / "ingested"), str(folder / "features"), len(images), max_images)
+    return sample.assign(**{space: list(rows) for space, rows in spaces.items()})
 
 
 @pytest.mark.parametrize("max_images", [30, 1000], ids=["just as many", "more"])
