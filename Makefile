@@ -7,7 +7,7 @@ CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run report experiments test test-slow lint cache-info cache-clear check identity
+.PHONY: help run report experiments bench test test-slow lint cache-info cache-clear check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their 
 
 experiments: .venv/run ## what was tried, side by side
 	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|reduce.k|reduce.scale)$$' --sort-by reduce.k
+
+bench: .venv/dev ## what it takes, against other ways; IMAGES=FOLDER of some 10,000 photographs; half an hour of a quiet machine
+	@python benchmarks/bench.py $(IMAGES)
 
 test: .venv/dev ## what takes minutes; run it before each commit
 	@pytest

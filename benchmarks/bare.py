@@ -1,0 +1,79 @@
+"""What this machine can do without Spark: one process, the frozen graph, and below it the arithmetic itself.
+
+usage: bare.py IMAGES BACKBONE [--precision bfloat16] [--batch_size 32] [--n_images 1000]
+
+A thread decodes and resizes photographs, with the functions of the stage featurize, while a network with all cores is at
+work on those before. The limit is that of large products of matrices in each precision. Prints one line of JSON: images a
+second (start-up apart), and GFLOP/s.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from stages.featurize import load, to_pixels
+
+SIDE = 4096  # of the matrices
+SECONDS = 5  # that each product is repeated for
+
+
+def main() -> None:
+    args = parse_args()
+    n_cores = os.cpu_count() or 1
+    size = json.loads((args.backbone / "backbone.json").read_text())["image_size"]
+    graph = (args.backbone / "graph.pb").read_bytes()
+    paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    contents = [path.read_bytes() for path in islice(paths, args.n_images)]
+    batches = [contents[i : i + args.batch_size] for i in range(0, len(contents), args.batch_size)]
+    network = load(graph, args.precision, n_cores)
+    network(np.zeros((args.batch_size, size, size, 3), np.uint8))
+
+    def decode(batch: list[bytes]) -> np.ndarray:
+        pixels = np.zeros((args.batch_size, size, size, 3), np.uint8)
+        for i, content in enumerate(batch):
+            pixels[i] = to_pixels(content, size)
+        return pixels
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        for pixels in pool.map(decode, batches):
+            network(pixels)
+    rate = len(contents) / (time.monotonic() - started)
+    limits = {dtype: round(gflops(dtype)) for dtype in ("float32", "bfloat16")}
+    print(json.dumps({"images": len(contents), "images_per_second": round(rate, 2), "gflops_of_a_product": limits}))
+
+
+def gflops(dtype: str) -> float:
+    """GFLOP/s of products of square matrices, all cores."""
+    import tensorflow as tf
+
+    a = tf.cast(tf.random.normal((SIDE, SIDE)), dtype)
+    tf.matmul(a, a)
+    n, started = 0, time.monotonic()
+    while time.monotonic() - started < SECONDS:
+        tf.matmul(a, a)
+        n += 1
+    return n * 2 * SIDE**3 / (time.monotonic() - started) / 1e9
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("images", type=Path)
+    parser.add_argument("backbone", type=Path)
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--n_images", type=int, default=1000)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
