@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.growing import copy_images, distinct_images, machine, submit  # noqa: E402
+from bootstrap.submit import memory_mb  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
@@ -192,11 +193,10 @@ print(time.monotonic() - started)
 
 def spark_submit() -> list[str]:
     """All cores, and the memory that the pipeline's driver has."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20 // 4
     return [
         str(Path(sys.executable).with_name("spark-submit")),
         *("--master", "local[*]"),
-        *("--driver-memory", f"{memory}m"),
+        *("--driver-memory", f"{memory_mb() // 4}m"),
         *("--conf", "spark.sql.execution.arrow.maxRecordsPerBatch=1024"),
         *("--conf", "spark.ui.enabled=false"),
         *("--conf", "spark.log.level=ERROR"),

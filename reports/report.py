@@ -97,7 +97,6 @@ def main(argv: list[str] | None = None) -> None:
         neighbours=neighbours,
         pairs=pairs,
         pictures=pictures(images, paths),
-        label_of=label_of(images, paths),
         **refused(f"{args.ingested}/quarantine"),
         headings=["run", *(heading for _, heading, _ in EXPERIMENTS)],
         experiments=experiments(),
@@ -181,24 +180,19 @@ def confused_pairs(predictions: pd.DataFrame) -> list[dict[str, Any]]:
     return sorted(pairs, key=lambda pair: -pair["n_images"])[:PAIRS]
 
 
-def pictures(images: ds.Dataset, paths: set[str]) -> dict[str, str]:
-    """A small WebP of each image, as a data URI, by path."""
+def pictures(images: ds.Dataset, paths: set[str]) -> dict[str, dict[str, str]]:
+    """Of each path the image's label and its source, a small WebP as a data URI."""
     wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
     found = {}
-    for batch in images.scanner(["path", "content"], filter=wanted, batch_size=256).to_batches():
+    for batch in images.scanner(["path", "label", "content"], filter=wanted, batch_size=256).to_batches():
         for row in batch.to_pylist():
             with Image.open(io.BytesIO(row["content"])) as image:
                 image.thumbnail((PIXELS, PIXELS))
                 stream = io.BytesIO()
                 image.save(stream, "WEBP", quality=75)
-            found[row["path"]] = "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+            source = "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+            found[row["path"]] = {"label": row["label"], "source": source}
     return found
-
-
-def label_of(images: ds.Dataset, paths: set[str]) -> dict[str, str]:
-    wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
-    table = images.to_table(["path", "label"], filter=wanted)
-    return dict(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
 
 
 def refused(quarantine: str) -> dict[str, Any]:
