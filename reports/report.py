@@ -203,7 +203,8 @@ def refused(quarantine: str) -> dict[str, Any]:
 
 def experiments() -> list[list[str]]:
     """The name of each run of this commit that DVC knows, and what EXPERIMENTS says of it: the workspace's, then by k."""
-    workspace, *others = dvc.api.exp_show()
+    # DVC has "!" for what it cannot read: the commit's metrics, say, where nobody pushed or pulled them.
+    workspace, *others = ({key: value for key, value in run.items() if value != "!"} for run in dvc.api.exp_show())
     others.sort(key=lambda run: run.get("variance.components") or 0)
     return [
         [
