@@ -1,0 +1,58 @@
+"""What all that talks to AWS shares: the settings, clients that retry, the stack's outputs, errors in a line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import boto3
+import yaml
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+SETTINGS = Path(__file__).with_name("cluster.yaml")
+EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
+# Throttled, or a server in trouble: again after a while that doubles and is drawn by lot, so that not all come back at once.
+RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10, read_timeout=60)
+
+
+def settings() -> dict[str, Any]:
+    """cluster.yaml: region, stack, and what the cluster and the jobs are made of."""
+    return dict(yaml.safe_load(SETTINGS.read_text()))
+
+
+def client(service: str, region: str) -> Any:
+    """A client of that service in that region, whatever region the user's own configuration names."""
+    return boto3.client(service, region_name=region, config=RETRIES)
+
+
+def outputs(settings: dict[str, Any]) -> dict[str, str]:
+    """The outputs of the CloudFormation stack (infrastructure.yaml) by name.
+
+    Raises
+    ------
+    SystemExit
+        there is no such stack in the region
+    """
+    try:
+        (stack,) = client("cloudformation", settings["region"]).describe_stacks(StackName=settings["stack"])["Stacks"]
+    except ClientError as error:
+        if "does not exist" not in str(error):
+            raise
+        raise SystemExit(
+            f"cloud: no stack {settings['stack']!r} in {settings['region']}. `make cloud-setup` makes it, with bucket, network and roles."
+        ) from None
+    return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
+
+
+@contextmanager
+def errors_in_words(who: str) -> Iterator[None]:
+    """End with one line where AWS refuses or cannot be reached, instead of a traceback."""
+    try:
+        yield
+    except ClientError as error:
+        code, operation = error.response["Error"]["Code"], error.operation_name
+        advice = " Log in again (`aws sso login`, or new keys), and repeat the command." if code in EXPIRED else ""
+        raise SystemExit(f"{who}: {operation}: {code}: {error.response['Error'].get('Message', '')}{advice}") from None
+    except BotoCoreError as error:
+        raise SystemExit(f"{who}: {error}") from None
