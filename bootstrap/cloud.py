@@ -40,7 +40,8 @@ def outputs(settings: dict[str, Any]) -> dict[str, str]:
         if "does not exist" not in str(error):
             raise
         raise SystemExit(
-            f"cloud: no stack {settings['stack']!r} in {settings['region']}. `make cloud-setup` makes it, with bucket, network and roles."
+            f"cloud: no stack {settings['stack']!r} in {settings['region']}. "
+            "`make cloud-setup` makes it: bucket, network and roles."
         ) from None
     return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
 

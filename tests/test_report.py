@@ -240,7 +240,13 @@ def test_without_refused_files_the_page_says_so(tmp_path: Path) -> None:
 
 def test_a_run_whose_metrics_dvc_does_not_have_is_listed_without_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     # As of a commit from another machine, whose outputs were never pushed.
-    lost = {"Experiment": None, "rev": "main", "reduce.k": 3.0, "variance.components": "!", "nearest_neighbour.embedding": "!"}
+    lost = {
+        "Experiment": None,
+        "rev": "main",
+        "reduce.k": 3.0,
+        "variance.components": "!",
+        "nearest_neighbour.embedding": "!",
+    }
     here = {"Experiment": None, "rev": "workspace", "reduce.k": 3.0, "variance.components": 3.0}
     monkeypatch.setattr(report.dvc.api, "exp_show", lambda: [here, lost])
     assert [row[:4] for row in report.experiments()] == [["workspace", "3", "-", "3"], ["main", "3", "-", "-"]]

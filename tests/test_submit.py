@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from bootstrap import submit
+import submit
 from tests.conftest import ROOT
 
 SUBMIT = [sys.executable, str(ROOT / "bootstrap/submit.py")]
