@@ -1,7 +1,9 @@
-"""What the tests share: a Spark session, and images made on the spot."""
+"""What the tests share: a Spark session, images made on the spot, and one run of the pipeline."""
 
 import io
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,24 @@ from pyspark.sql import SparkSession
 from stages import covariance, featurize, ingest, reduce
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHON = Path(sys.executable)
+
+
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=os.environ
+        | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "SPARK_DRIVER_MEMORY": "1g"}
+        # Nobody's settings, as on a new machine.
+        | {"HOME": str(cwd), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +77,30 @@ def image_bytes() -> Callable[..., bytes]:
         return file.getvalue()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository with four photographs of each film, committed, the pipeline run once. Not to be changed: see clone."""
+    folder = tmp_path_factory.mktemp("once") / "repository"
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    params = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(params.replace("frames: 36", "frames: 4").replace("  k: 64", "  k: 8"))
+    run("git", "init", "--quiet", cwd=folder)
+    run("make", "identity", cwd=folder)
+    run("dvc", "repro", cwd=folder, SPARK_MASTER="local[2]")
+    run("git", "add", "--all", cwd=folder)
+    run("git", "commit", "--quiet", "-m", "First", cwd=folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clone(run_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository after a run, with all its data, for the tests of one file to change at will."""
+    folder = tmp_path_factory.mktemp("clone")
+    run("cp", "-a", str(run_once), str(folder), cwd=folder)  # keeps the links between cache and workspace
+    return folder / run_once.name

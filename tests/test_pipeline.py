@@ -1,57 +1,16 @@
 """The whole pipeline on few images, as a stranger runs it: dvc in a fresh clone, without a git identity."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import run
 from tests.test_contract import SPARK_STAGES
 
 pytestmark = pytest.mark.slow
-
-PYTHON = Path(sys.executable)
-
-
-def run(*command: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ
-        | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "SPARK_DRIVER_MEMORY": "1g"}
-        # Nobody's settings, as on a new machine.
-        | {"HOME": str(cwd), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-        | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository with four photographs of each film, committed, and the pipeline run once."""
-    folder = tmp_path_factory.mktemp("clone") / "repository"
-    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in files:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    params = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(params.replace("frames: 36", "frames: 4").replace("  k: 64", "  k: 8"))
-    run("git", "init", "--quiet", cwd=folder)
-    run("make", "identity", cwd=folder)
-    run("dvc", "repro", cwd=folder, SPARK_MASTER="local[2]")
-    run("git", "add", "--all", cwd=folder)
-    run("git", "commit", "--quiet", "-m", "First", cwd=folder)
-    return folder
 
 
 def test_a_second_run_has_nothing_to_do(clone: Path) -> None:
