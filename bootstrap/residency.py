@@ -1,0 +1,277 @@
+"""Refuse, before the first byte leaves, whatever would take data out of the European Union.
+
+usage: residency.py            the buckets of the stack, every remote of DVC, what computes
+       residency.py BUCKET...  these buckets alone
+
+Prints who checked what, when, what was found and the verdict, as a table to file. The exit status is 0 if all stays in the
+EU, 1 if not or if it cannot be known. Region and stack are those of cluster.yaml; no key is ever printed.
+
+A server on this machine (127.0.0.1, localhost) is let be, as nothing leaves; the table says so.
+"""
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import boto3
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+import cloud
+
+# By name, as eu-west-2 (London) and eu-central-2 (Zurich) begin with eu- and are not in the EU.
+EU = {
+    "eu-central-1",
+    "eu-north-1",
+    "eu-south-1",
+    "eu-south-2",
+    "eu-west-1",
+    "eu-west-3",
+    "eusc-de-east-1",
+}
+SERVICES = ("s3", "sts", "cloudformation", "emr", "emr-serverless")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+# What must hold, and what to do where it does not.
+REGION = "must be in the EU"
+HOST = "must send to AWS in its region"
+ACCELERATION = "must not be accelerated"
+LOCATION = "must lie in the EU"
+REPLICATION = "must not be copied elsewhere"
+REMOTE = "must be S3, or on this machine"
+ADVICE = {
+    REGION: f"Take one of {', '.join(sorted(EU))}: `region` in bootstrap/cluster.yaml, or of the remote.",
+    HOST: "Unset AWS_ENDPOINT_URL and its like, endpoint_url in ~/.aws/config, endpointurl of the remote.",
+    ACCELERATION: "It takes data through points of presence anywhere: suspend it, and unset use_accelerate_endpoint.",
+    LOCATION: "Make a bucket in the region and move there what this one holds, or have its location made readable.",
+    REPLICATION: "Remove the rule of replication, or have the location of its destination made readable.",
+    REMOTE: "`make remote BUCKET=...` sets one on S3; `dvc remote remove NAME` takes this one away.",
+}
+# How S3 says that a region, or a server, has no such thing at all.
+NOT_OFFERED = {"MethodNotAllowed", "NotImplemented", "XNotImplemented", "UnsupportedArgument", "UnsupportedOperation"}
+
+
+class Finding(NamedTuple):
+    """One line of the table: what was looked at, what must hold, what was found, whether it holds."""
+
+    subject: str
+    rule: str
+    found: str
+    ok: bool
+
+
+def main(buckets: list[str]) -> int:
+    settings = cloud.settings()
+    region = settings["region"]
+    if buckets:
+        findings = check(region, buckets, remotes={})
+    else:
+        findings = check(region, [])
+        if all(finding.ok for finding in findings):
+            named = [value for name, value in cloud.outputs(settings).items() if name.endswith("Bucket")]
+            findings += check(region, named, remotes={})
+    print(table(findings, region))
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def require(
+    region: str,
+    buckets: Iterable[str],
+    services: Iterable[str] = SERVICES,
+    remotes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Go on only if all stays in the EU; the parameters are those of check.
+
+    Raises
+    ------
+    SystemExit
+        with every finding that is against it, and what to do
+    """
+    against = [finding for finding in check(region, buckets, services, remotes) if not finding.ok]
+    if against:
+        lines = [f"  {subject} {rule}: {found}. {ADVICE[rule]}" for subject, rule, found, _ in against]
+        raise SystemExit("\n".join(["residency: refused, and nothing was sent:", *lines]))
+
+
+def check(
+    region: str,
+    buckets: Iterable[str],
+    services: Iterable[str] = SERVICES,
+    remotes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Finding]:
+    """What was found of the region, the hosts of the services, the buckets and DVC's remotes, in this order.
+
+    A question is put to AWS only once region and hosts are known to be right.
+
+    Parameters
+    ----------
+    buckets : names of all buckets that data, code or logs go to
+    services : boto3's names of the services that will be called
+    remotes : settings of DVC's remotes by name; if None, all those that DVC knows of in the current folder
+    """
+    findings = [in_the_eu("region", region)]
+    if not findings[0].ok:
+        return findings
+    clients = {service: cloud.client(service, region) for service in {"s3": None, **dict.fromkeys(services)}}
+    for service, client in clients.items():
+        findings += hosts(f"service {service}", client)
+    if not all(finding.ok for finding in findings):
+        return findings
+    for bucket in dict.fromkeys(buckets):
+        findings += stays(f"bucket {bucket}", bucket, clients["s3"])
+    for name, remote in (dvc_remotes() if remotes is None else remotes).items():
+        findings += remote_stays(f"remote {name}", remote)
+    return findings
+
+
+def in_the_eu(subject: str, region: str) -> Finding:
+    return Finding(subject, REGION, with_place(region), region in EU)
+
+
+def with_place(region: str) -> str:
+    """The region with the name that AWS gives it, such as eu-west-2, Europe (London)."""
+    partitions = botocore.session.get_session().get_data("endpoints")["partitions"]
+    places = {name: about["description"] for partition in partitions for name, about in partition["regions"].items()}
+    return f"{region}, {places.get(region, 'which is unknown')}{'' if region in EU else ', is not in the EU'}"
+
+
+def local(client: Any) -> bool:
+    return urlsplit(client.meta.endpoint_url).hostname in LOOPBACK
+
+
+def hosts(subject: str, client: Any) -> Iterator[Finding]:
+    """Where the client sends what it is given."""
+    url, region = urlsplit(client.meta.endpoint_url), client.meta.region_name
+    domain = "amazonaws.eu" if region.startswith("eusc-") else "amazonaws.com"
+    own = url.scheme == "https" and f".{url.netloc}".endswith(f".{region}.{domain}")
+    found = f"{url.netloc}, this machine: nothing leaves" if local(client) else client.meta.endpoint_url
+    yield Finding(subject, HOST, found, own or local(client))
+    if (client.meta.config.s3 or {}).get("use_accelerate_endpoint"):
+        yield Finding(subject, ACCELERATION, "use_accelerate_endpoint is set in the configuration of AWS", False)
+
+
+def stays(subject: str, bucket: str, client: Any) -> Iterator[Finding]:
+    """Whether what the bucket holds is, and remains, in the EU."""
+    if ":" in bucket:
+        yield Finding(subject, LOCATION, "an access point, which may lead to many regions, not a bucket", False)
+        return
+    found, ok = location(bucket, client)
+    yield Finding(subject, LOCATION, found, ok)
+    if not ok:
+        return
+    try:
+        status = client.get_bucket_accelerate_configuration(Bucket=bucket).get("Status", "none")
+        yield Finding(subject, ACCELERATION, status, status != "Enabled")
+    except (ClientError, BotoCoreError) as error:
+        yield Finding(subject, ACCELERATION, *absent(error, "s3:GetAccelerateConfiguration"))
+    try:
+        rules = client.get_bucket_replication(Bucket=bucket)["ReplicationConfiguration"]["Rules"]
+    except (ClientError, BotoCoreError) as error:
+        yield Finding(subject, REPLICATION, *absent(error, "s3:GetReplicationConfiguration"))
+        return
+    for copy in dict.fromkeys(rule["Destination"]["Bucket"].rpartition(":")[2] for rule in rules):
+        found, ok = location(copy, client)
+        yield Finding(subject, REPLICATION, f"to {copy}: {found}", ok)
+
+
+def location(bucket: str, client: Any) -> tuple[str, bool]:
+    """Where the bucket really lies, and whether that is in the EU."""
+    try:
+        stated = client.get_bucket_location(Bucket=bucket)["LocationConstraint"]
+    except (ClientError, BotoCoreError) as error:
+        return unreadable(error, "s3:GetBucketLocation"), False
+    if not stated and local(client):
+        return "this machine", True
+    region = {"EU": "eu-west-1"}.get(stated, stated or "us-east-1")  # S3's first two regions are not told by name
+    return with_place(region), region in EU
+
+
+def absent(error: Exception, permission: str) -> tuple[str, bool]:
+    """What an error says of a setting: that there is none, which is well, or that it cannot be read, which is not."""
+    if code(error) in NOT_OFFERED | {"ReplicationConfigurationNotFoundError"}:
+        return "none", True
+    return unreadable(error, permission), False
+
+
+def unreadable(error: Exception, permission: str) -> str:
+    if code(error) in ("AccessDenied", "403"):
+        return f"cannot be read: you lack the permission {permission}"
+    return f"cannot be read: {error}"
+
+
+def code(error: Exception) -> str:
+    return str(error.response["Error"]["Code"]) if isinstance(error, ClientError) else ""
+
+
+def dvc_remotes() -> dict[str, Any]:
+    """The settings of every remote that DVC knows of here: of the system, the user, the repository, the working copy."""
+    from dvc import config, fs  # slow to import, and not needed for a bucket
+
+    known = config.Config.from_cwd()
+    return {name: fs.get_fs_config(known, name=name) for name in known["remote"]}
+
+
+def remote_stays(subject: str, remote: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether what DVC pushes to the remote is, and remains, in the EU."""
+    url = urlsplit(remote["url"])
+    if url.scheme != "s3":
+        yield Finding(subject, REMOTE, remote["url"], not url.scheme or url.hostname in LOOPBACK)
+        return
+    client = dvc_client(remote)
+    findings = [in_the_eu(subject, client.meta.region_name), *hosts(subject, client)]
+    yield from findings
+    if all(finding.ok for finding in findings):
+        yield from stays(subject, url.netloc, client)
+
+
+def dvc_client(remote: Mapping[str, Any]) -> Any:
+    """A client with the endpoint, region and profile of the one that DVC makes for the remote."""
+    from dvc.fs import get_cloud_fs
+
+    filesystem, settings, _ = get_cloud_fs({}, **remote)
+    its = filesystem(**settings).fs_args
+    session = boto3.Session(its.get("key"), its.get("secret"), its.get("token"), profile_name=its.get("profile"))
+    config = cloud.RETRIES.merge(Config(**its.get("config_kwargs", {})))
+    return session.client("s3", use_ssl=its["use_ssl"], config=config, **its.get("client_kwargs", {}))
+
+
+def caller(region: str) -> tuple[str, str]:
+    """The account, and the user or role, that the findings are of; no key."""
+    client = cloud.client("sts", region)
+    if not all(finding.ok for finding in [in_the_eu("region", region), *hosts("service sts", client)]):
+        return "not asked", "not asked"
+    try:
+        identity = client.get_caller_identity()
+    except (ClientError, BotoCoreError) as error:
+        return "unknown", f"unknown ({error})"
+    return identity["Account"], identity["Arn"]
+
+
+def table(findings: list[Finding], region: str) -> str:
+    """The findings as text to file: who asked, when, of which account, and the verdict in the last line."""
+    rows = [("subject", "rule", "found", "verdict")]
+    rows += [(subject, rule, found, "ok" if ok else "REFUSED") for subject, rule, found, ok in findings]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    against = sum(not finding.ok for finding in findings)
+    account, who = caller(region)
+    return "\n".join(
+        [
+            "Residency of the data: what was checked, and what was found",
+            f"date        {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            f"account     {account}",
+            f"checked by  {who}",
+            "",
+            *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
+            "",
+            *(f"{rule}: {ADVICE[rule]}" for rule in dict.fromkeys(finding.rule for finding in findings if not finding.ok)),
+            f"REFUSED: {against} of {len(findings)} do not hold" if against else "All stays in the European Union",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    with cloud.errors_in_words("residency"):
+        sys.exit(main(sys.argv[1:]))
