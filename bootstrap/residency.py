@@ -96,6 +96,12 @@ def require(
         raise SystemExit("\n".join(["residency: refused, and nothing was sent:", *lines]))
 
 
+def require_arn(arn: str, region: str) -> None:
+    """Go on only if what computes is in the region that was found to be right; as require."""
+    if (found := arn.split(":")[3]) != region:
+        raise SystemExit(f"residency: refused, and nothing was sent: {arn} is in {found}, and cluster.yaml says {region}")
+
+
 def check(
     region: str,
     buckets: Iterable[str],

@@ -8,7 +8,7 @@ OUTPUT appear, whole, with nothing in it but part-00000.parquet, part-00001.parq
 
 Where it runs is no parameter of a stage and enters no dvc.lock. It is read from the environment:
 
-SPARK_TARGET         local (this machine)
+SPARK_TARGET         local (this machine) unless set; emr (the cluster of cluster.yaml) or emr-serverless: see emr.py
 SPARK_MASTER         local[*] unless set; any master that spark-submit takes
 SPARK_DRIVER_MEMORY  a quarter of this machine's memory unless set
 FEATURE_CACHE        .dvc/tmp/feature-cache unless set; the folder (or s3:// prefix) where features are kept for reuse
@@ -16,21 +16,21 @@ FEATURE_CACHE        .dvc/tmp/feature-cache unless set; the folder (or s3:// pre
 --dry_run prints the spark-submit command line; --check only looks whether this machine can run a stage.
 """
 
-import fcntl
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, cast
+from typing import BinaryIO, cast
+
+from job import Job, beside, place_for, publish
 
 BOOTSTRAP = Path(__file__).resolve().parent
+TARGETS = ("local", "emr", "emr-serverless")
 JAVA_VERSIONS = (17, 21)  # what Spark 4.0 runs on
 # Greetings of Java and of TensorFlow that no log level silences.
 NOISE = re.compile(rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f")
@@ -43,15 +43,6 @@ HINTS = {
 }
 
 
-class Job(NamedTuple):
-    """One stage's command line: places, then parameters."""
-
-    stage: str
-    inputs: list[str]
-    output: str
-    flags: list[str]
-
-
 def main(argv: list[str]) -> int:
     if argv == ["--check"]:
         check_java()
@@ -61,41 +52,31 @@ def main(argv: list[str]) -> int:
     target = os.environ.get("SPARK_TARGET", "local")
     if target not in TARGETS:
         raise SystemExit(f"submit: SPARK_TARGET is {target!r}; it can be {', '.join(TARGETS)}")
-    return TARGETS[target](job, dry_run)
+    if target == "local":
+        return run_local(job, dry_run)
+    import emr  # and with it boto3, which a run on this machine does not wait for
+
+    return emr.run(job, target, dry_run)
 
 
 def run_local(job: Job, dry_run: bool) -> int:
     """Run the stage on this machine's cores."""
-    partial = beside(job.output, "partial")
-    failed = beside(job.output, "failed")
-    command = spark_submit(job._replace(output=str(partial)), os.environ)
+    command = spark_submit(job._replace(output=str(beside(job.output, "partial"))), os.environ)
     if dry_run:
         print(shlex.join(command))
         return 0
     check_java()
     if any(letter in str(Path.cwd()) for letter in "[]{}*?\\"):
         raise SystemExit(f"submit: Spark takes {Path.cwd()} for a pattern; rename the folder, without [ ] {{ }} * ? \\")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with alone(partial.parent) as lock:
-        for leftover in (partial, failed):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with place_for(job) as (partial, lock):
+        started = time.monotonic()
         status = stream(command, spark_environment(os.environ), lock)
-        tables = [marker.parent for marker in partial.rglob("_SUCCESS")]
-        for table in tables:
-            tidy(table)
-        if status == 0:
-            shutil.rmtree(job.output, ignore_errors=True)
-            partial.rename(job.output)
-        elif tables:
-            for table in tables:
-                (failed / table.relative_to(partial)).parent.mkdir(parents=True, exist_ok=True)
-                table.rename(failed / table.relative_to(partial))
-            print(f"submit: the tables that were whole when it failed are in {failed}", file=sys.stderr)
-        shutil.rmtree(partial, ignore_errors=True)
+        publish(job, partial, is_sound=status == 0)
+    if status == 0:
+        import runtime  # and with it pyarrow, which may not be there yet for --check
+
+        runtime.record(job, {"where": "local", "cores": os.cpu_count(), "seconds": time.monotonic() - started})
     return status
-
-
-TARGETS = {"local": run_local}
 
 
 def parse(argv: list[str]) -> Job:
@@ -104,11 +85,6 @@ def parse(argv: list[str]) -> Job:
         raise SystemExit((__doc__ or "").partition("\n\n")[2].partition("\n\n")[0])
     stage, *inputs, output = argv[:n_places]
     return Job(stage, inputs, output, argv[n_places:])
-
-
-def beside(output: str, suffix: str) -> Path:
-    path = Path(output)
-    return path.with_name(f"{path.name}.{suffix}")
 
 
 def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
@@ -147,27 +123,6 @@ def spark_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if "UTF" not in (environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "").upper():
         own["LC_ALL"] = "C.UTF-8"
     return {**environment, **own}
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """Wait until nobody else is at work in the folder, and keep others waiting.
-
-    Yields the lock's file descriptor. Who inherits it holds the lock too: when this process is killed, the Spark that it
-    started goes on, and must not be joined by another that writes the same files.
-    """
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"submit: another run is still at work in {folder}; waiting for it to end", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system that cannot lock a folder, such as NFS
-        yield lock
-    finally:
-        os.close(lock)
 
 
 def stream(command: list[str], environment: Mapping[str, str], lock: int) -> int:
@@ -216,27 +171,6 @@ def end(process: subprocess.Popen[bytes]) -> None:
             return
         except subprocess.TimeoutExpired:
             continue
-
-
-def tidy(table: Path) -> None:
-    """Leave nothing in a table's folder but its parts, with bytes and names that follow from their rows alone.
-
-    parquet-java writes some lists of a footer in the order of identity hashes, so that equal tables differ by a few bytes
-    (apache/parquet-java 3215), and names its version. Written again by pyarrow, a table is the same file whatever Spark
-    it came from.
-    """
-    import pyarrow.parquet as pq  # not needed, and perhaps not there yet, for --check
-
-    def write_again(part: Path) -> None:
-        name = "-".join(part.name.split("-")[:2])
-        rows = pq.read_table(part, use_threads=False).replace_schema_metadata()
-        pq.write_table(rows, table / f"{name}.parquet", compression="snappy", use_dictionary=False, row_group_size=2048)
-        part.unlink()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(write_again, table.glob("part-*.parquet")))
-    for other in [*table.glob("_*"), *table.glob(".*")]:
-        other.unlink()
 
 
 def check_java() -> None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import job
 import submit
 from tests.conftest import ROOT
 
@@ -46,6 +47,7 @@ def stage(tmp_path: Path) -> Path:
 def run(stage: Path, what: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*SUBMIT, str(stage), "in", str(stage.parent / "out"), "--what", what],
+        cwd=stage.parent,
         env=os.environ | {"SPARK_DRIVER_MEMORY": "1g"} | environment,
         capture_output=True,
         text=True,
@@ -56,8 +58,8 @@ def test_the_command_line_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(submit, "memory_mb", lambda: 8192)
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    job = submit.parse(["stages/reduce.py", "data/features", "data/covariance", "data/reduced", "--k", "64"])
-    assert submit.spark_submit(job, {}) == json.loads((ROOT / "tests/golden/local.json").read_text())
+    reduce = submit.parse(["stages/reduce.py", "data/features", "data/covariance", "data/reduced", "--k", "64"])
+    assert submit.spark_submit(reduce, {}) == json.loads((ROOT / "tests/golden/local.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_tidy_makes_equal_tables_equal_files(tmp_path: Path) -> None:
         pq.write_table(rows.replace_schema_metadata(metadata), tmp_path / name / f"part-00000-{name}.c000.parquet")
         (tmp_path / name / "_SUCCESS").touch()
         (tmp_path / name / f".part-00000-{name}.c000.parquet.crc").touch()
-        submit.tidy(tmp_path / name)
+        job.tidy(tmp_path / name)
     (a,) = (tmp_path / "a").iterdir()
     (b,) = (tmp_path / "b").iterdir()
     assert (a.name, a.read_bytes()) == ("part-00000.parquet", b.read_bytes())
@@ -147,7 +149,7 @@ def test_tidy_makes_equal_tables_equal_files(tmp_path: Path) -> None:
 def test_tidy_keeps_rows_and_their_order(tmp_path: Path) -> None:
     rows = pa.table({"id": list(range(5000, 0, -1)), "content": [b"x"] * 5000})
     pq.write_table(rows, tmp_path / "part-00007-uuid.snappy.parquet")
-    submit.tidy(tmp_path)
+    job.tidy(tmp_path)
     assert pq.read_table(tmp_path / "part-00007.parquet").equals(rows)
 
 
@@ -177,6 +179,7 @@ def test_a_stage_that_fails_leaves_its_whole_tables_under_another_name(stage: Pa
 def test_an_interrupted_stage_ends_with_all_its_processes_and_leaves_no_output(stage: Path, number: signal.Signals) -> None:
     process = subprocess.Popen(
         [*SUBMIT, str(stage), "in", str(stage.parent / "out"), "--what", "hang"],
+        cwd=stage.parent,
         env=os.environ | {"SPARK_DRIVER_MEMORY": "1g"},
         stdout=subprocess.PIPE,
         text=True,
@@ -195,10 +198,10 @@ def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path: Path, capsys: pyt
     order = []
 
     def second() -> None:
-        with submit.alone(tmp_path):
+        with job.alone(tmp_path):
             order.append("second")
 
-    with submit.alone(tmp_path):
+    with job.alone(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.2)
@@ -210,7 +213,7 @@ def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path: Path, capsys: pyt
 
 def test_two_runs_write_to_two_folders_at_once(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    with submit.alone(tmp_path), submit.alone(tmp_path / "other"):
+    with job.alone(tmp_path), job.alone(tmp_path / "other"):
         pass
 
 
@@ -218,8 +221,8 @@ def test_a_folder_that_cannot_be_locked_is_used_without(tmp_path: Path, monkeypa
     def flock(file: int, operation: int) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")  # as of NFS
 
-    monkeypatch.setattr(submit.fcntl, "flock", flock)
-    with submit.alone(tmp_path) as lock:
+    monkeypatch.setattr(job.fcntl, "flock", flock)
+    with job.alone(tmp_path) as lock:
         assert os.fstat(lock).st_ino == tmp_path.stat().st_ino
 
 
@@ -235,6 +238,6 @@ def test_a_folder_that_cannot_be_locked_is_used_without(tmp_path: Path, monkeypa
 def test_the_status_and_the_reason_of_what_ended_badly(
     code: str, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with submit.alone(tmp_path) as lock:
+    with job.alone(tmp_path) as lock:
         assert submit.stream([sys.executable, "-c", code], os.environ, lock) == status
     assert said in capsys.readouterr().err

@@ -1,0 +1,294 @@
+"""AWS as far as it can be played here: moto's server for every API, and EMR that really runs spark-submit.
+
+A step that is accepted, or a job run, is run by spark-submit on this machine, on s3:// paths that Hadoop's own view file
+system maps to folders; these hold what the bucket holds when it starts, and the bucket gets what it wrote when it ends. What
+the stage said comes to the bucket as EMR's logs do. Real: the APIs' requests and answers, Spark, the stages, failures and
+signals. Not real: YARN, EMR's nodes and their start, S3A, IAM, spot.
+"""
+
+import gzip
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.backends import get_backend
+from moto.core.responses import ActionResult, BaseResponse
+from moto.core.utils import utcnow
+from moto.emr import emr_backends
+from moto.emr.models import Cluster, Step
+from moto.emr.responses import ElasticMapReduceResponse
+from moto.emrserverless import emrserverless_backends
+from moto.emrserverless.models import EMRServerlessBackend, JobRun
+from moto.server import ThreadedMotoServer
+
+REGION, NAME, BUCKET = "eu-west-3", "fruits", "fruits-bucket"
+ROLE = "arn:aws:iam::123456789012:role/fruits"
+SECRET = "not-a-key-that-opens-anything"
+
+
+class Aws:
+    """The server, and the thread that runs what EMR was asked to run."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url, self.folder = url, folder
+        self.environment = {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }
+        self.commands: list[list[str]] = []  # what was run
+        self.is_plain = False  # run stages as plain Python, which takes no seconds; they find the buckets in the folder S3
+        self.running: dict[str, subprocess.Popen[bytes]] = {}  # by the id of step or job run
+        self.is_paused = False  # accept, but start nothing
+        self.at_work = threading.Lock()
+        self.is_over = threading.Event()
+        self.worker = threading.Thread(target=self.work, daemon=True)
+
+    def client(self, service: str) -> Any:
+        keys = {"aws_access_key_id": "AKIAIOSFODNN7EXAMPLE", "aws_secret_access_key": SECRET}
+        return boto3.client(service, region_name=REGION, endpoint_url=self.url, **keys)
+
+    def fresh(self) -> None:
+        """An empty bucket, the stack, one cluster that waits; nothing run yet."""
+        self.is_paused = True
+        for name in list(self.running):
+            self.kill(name)
+        with self.at_work:
+            self.running.clear()
+        for service in ("s3", "emr", "emr-serverless", "cloudformation"):
+            get_backend(service).reset()  # type: ignore[attr-defined]
+        self.commands.clear()
+        application = self.client("emr-serverless").create_application(
+            name=NAME, releaseLabel="emr-7.13.0", type="SPARK", clientToken=NAME
+        )
+        outputs = {"Bucket": BUCKET, "ServerlessApplication": application["applicationId"], "ServerlessRole": ROLE}
+        template = {
+            "Resources": {"Bucket": {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": BUCKET}}},
+            "Outputs": {name: {"Value": value} for name, value in outputs.items()},
+        }
+        self.client("cloudformation").create_stack(StackName=NAME, TemplateBody=json.dumps(template))
+        instances = {"KeepJobFlowAliveWhenNoSteps": True}
+        self.client("emr").run_job_flow(Name=NAME, LogUri=f"s3://{BUCKET}/logs/", Instances=instances)
+
+    def clusters(self) -> list[Any]:
+        return [
+            cluster for regions in emr_backends.values() for each in regions.values() for cluster in each.clusters.values()
+        ]
+
+    def job_runs(self) -> list[JobRun]:
+        backends = [each for regions in emrserverless_backends.values() for each in regions.values()]
+        return [run for backend in backends for runs in backend.job_runs.values() for run in runs]
+
+    def work(self) -> None:
+        while not self.is_over.wait(0.1):
+            with self.at_work:
+                self.look_for_work()
+
+    def look_for_work(self) -> None:
+        if not self.is_paused:
+            for cluster in self.clusters():
+                waiting = [
+                    step for step in cluster.steps if step.state in ("PENDING", "RUNNING") and not step.start_date_time
+                ]
+                if cluster.state in ("RUNNING", "WAITING") and waiting:
+                    self.run_step(cluster, waiting[0])
+            for run in self.job_runs():
+                if run.state == "SUBMITTED":
+                    self.run_job(run)
+
+    def run_step(self, cluster: Any, step: Any) -> None:
+        cluster.state, step.state, step.start_date_time = "RUNNING", "RUNNING", utcnow()
+        assert step.jar == "command-runner.jar"
+        assert step.args[:3] == ["spark-submit", "--deploy-mode", "client"]
+        status = self.spark_submit(step.args[3:], step.id, f"{cluster.log_uri}{cluster.id}/steps/{step.id}")
+        step.end_date_time = utcnow()
+        if step.state == "RUNNING":
+            step.state = "COMPLETED" if status == 0 else "FAILED"
+            step.failure = {} if status == 0 else {"Reason": "Unknown Error.", "Message": f"exitCode {status}"}
+        cluster.state = "WAITING" if cluster.state == "RUNNING" else cluster.state
+
+    def run_job(self, run: JobRun) -> None:
+        run.state, started = "RUNNING", utcnow()
+        driver = run.job_driver["sparkSubmit"]
+        where = f"{run.configuration_overrides['monitoringConfiguration']['s3MonitoringConfiguration']['logUri']}"
+        words = [*shlex.split(driver["sparkSubmitParameters"]), driver["entryPoint"], *driver["entryPointArguments"]]
+        logs = f"{where}applications/{run.application_id}/jobs/{run.id}/SPARK_DRIVER"
+        status = self.spark_submit(words, run.id, logs)
+        seconds = (utcnow() - started).total_seconds()
+        run.total_execution_duration_seconds = round(seconds)
+        run.billed_resource_utilization = {"vCPUHour": seconds / 900, "memoryGBHour": seconds / 225, "storageGBHour": 0.0}
+        run.updated_at = utcnow()
+        if run.state == "RUNNING":
+            run.state = "SUCCESS" if status == 0 else "FAILED"
+            run.state_details = "" if status == 0 else f"Job failed, exit code {status}."
+
+    def spark_submit(self, words: list[str], name: str, logs: str) -> int:
+        """Run it on folders that hold what the buckets hold; the exit status."""
+        self.commands.append(words)
+        s3 = self.client("s3")
+        buckets = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
+        root = self.folder / name
+        before = set()
+        for bucket in buckets:
+            (root / bucket).mkdir(parents=True)
+            for key in keys(s3, bucket):
+                if key.startswith(("staging/", "feature-cache/")):
+                    (root / bucket / key).parent.mkdir(parents=True, exist_ok=True)
+                    s3.download_file(bucket, key, str(root / bucket / key))
+                    before.add((bucket, key))
+        view = "spark.hadoop.fs.viewfs"
+        conf = {
+            "spark.hadoop.fs.s3.impl": "org.apache.hadoop.fs.viewfs.ViewFileSystemOverloadScheme",
+            f"{view}.overload.scheme.target.file.impl": "org.apache.hadoop.fs.LocalFileSystem",
+            **{f"{view}.mounttable.{bucket}.linkFallback": f"file://{root / bucket}" for bucket in buckets},
+            "spark.archives": "",  # of packages, which are installed here
+            "spark.ui.enabled": "false",
+        }
+        own = [part for key, value in conf.items() for part in ("--conf", f"{key}={value}")]
+        cut = next(i for i, word in enumerate(words) if word.startswith("s3://"))  # the stage's file
+        said = {stream: (root / stream).open("wb") for stream in ("stdout", "stderr")}
+        spark_submit = [
+            str(Path(sys.executable).with_name("spark-submit")),
+            *("--master", "local[2]", "--driver-memory", "1g", "--driver-java-options", "-XX:TieredStopAtLevel=1"),
+            *words[:cut],
+            *own,
+            *words[cut:],
+        ]
+        plain = [sys.executable, str(root / words[cut].removeprefix("s3://")), *words[cut + 1 :]]
+        process = subprocess.Popen(
+            plain if self.is_plain else spark_submit,
+            env={
+                **{key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "SPARK_"))},
+                "PYSPARK_PYTHON": sys.executable,
+                "PYSPARK_DRIVER_PYTHON": sys.executable,
+                "SPARK_LOCAL_IP": "127.0.0.1",
+                "LC_ALL": "C.UTF-8",
+                "S3": str(root),
+            },
+            start_new_session=True,
+            **said,
+        )
+        self.running[name] = process
+        status = process.wait()
+        bucket, _, prefix = logs.removeprefix("s3://").partition("/")
+        for stream, file in said.items():
+            file.close()
+            s3.put_object(Bucket=bucket, Key=f"{prefix}/{stream}.gz", Body=gzip.compress((root / stream).read_bytes()))
+        for each in buckets:
+            for path in (root / each).rglob("*"):
+                key = path.relative_to(root / each).as_posix()
+                if path.is_file() and not path.name.endswith(".crc") and (each, key) not in before:
+                    s3.upload_file(str(path), each, key)
+        shutil.rmtree(root)
+        return status
+
+    def kill(self, name: str) -> None:
+        if name in self.running and self.running[name].poll() is None:
+            os.killpg(self.running[name].pid, signal.SIGTERM)
+
+
+def keys(s3: Any, bucket: str) -> list[str]:
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+
+@contextmanager
+def aws(folder: Path) -> Iterator[Aws]:
+    """A running Aws, alone in this process."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    played = Aws(f"http://{host}:{port}", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        teach(patch, played)
+        played.worker.start()
+        try:
+            yield played
+        finally:
+            played.is_over.set()
+            for name in list(played.running):
+                played.kill(name)
+            played.worker.join()
+            server.stop()
+
+
+def teach(patch: pytest.MonkeyPatch, played: Aws) -> None:
+    """What moto does not know of EMR, or knows otherwise than AWS."""
+    # Over HTTP it would file every cluster under us-east-1.
+    patch.setattr(ElasticMapReduceResponse, "get_region_from_url", BaseResponse.get_region_from_url)
+
+    def cancel_steps(self: Any) -> ActionResult:
+        cluster = self.backend.clusters[self._get_param("ClusterId")]
+        wanted = self._get_param("StepIds")
+        for step in cluster.steps:
+            if step.id in wanted and step.state in ("PENDING", "RUNNING"):
+                step.state = "CANCELLED"
+                step.start_date_time = step.start_date_time or utcnow()
+                played.kill(step.id)
+        return ActionResult({"CancelStepsInfoList": [{"StepId": each, "Status": "SUBMITTED"} for each in wanted]})
+
+    patch.setattr(ElasticMapReduceResponse, "cancel_steps", cancel_steps, raising=False)
+
+    def list_instances(self: Any) -> ActionResult:
+        cluster = self.backend.clusters[self._get_param("ClusterId")]
+        timeline = {"CreationDateTime": cluster.creation_datetime - timedelta(minutes=6)}
+        nodes = [("m6i.xlarge", "ON_DEMAND"), ("m6i.xlarge", "ON_DEMAND"), ("m6i.2xlarge", "SPOT")]
+        status = {"State": "RUNNING", "Timeline": timeline}
+        return ActionResult({"Instances": [{"InstanceType": t, "Market": m, "Status": status} for t, m in nodes]})
+
+    patch.setattr(ElasticMapReduceResponse, "list_instances", list_instances)
+
+    add_steps = Cluster.add_steps
+
+    def add_pending(self: Any, steps: list[dict[str, Any]]) -> list[Step]:
+        state, added = getattr(self, "state", None), add_steps(self, steps)
+        self.state = state
+        for step in added:
+            step.state = "PENDING"
+        return added
+
+    patch.setattr(Cluster, "add_steps", add_pending)
+    status_of: Callable[[Any], dict[str, Any]] = Step.status.fget  # type: ignore[attr-defined]
+    patch.setattr(Step, "status", property(lambda self: {**status_of(self), "FailureDetails": getattr(self, "failure", {})}))
+
+    make = JobRun.__init__
+
+    def submitted(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.state, self.created_at, self.updated_at = "SUBMITTED", utcnow(), utcnow()
+
+    patch.setattr(JobRun, "__init__", submitted)
+    start = EMRServerlessBackend.start_job_run
+
+    def start_once(self: Any, **kwargs: Any) -> JobRun:
+        known = [run for runs in self.job_runs.values() for run in runs if run.client_token == kwargs["client_token"]]
+        return known[0] if known else start(self, **kwargs)
+
+    patch.setattr(EMRServerlessBackend, "start_job_run", start_once)
+
+    def cancel_job_run(self: Any, application_id: str, job_run_id: str) -> tuple[str, str]:
+        self.get_job_run(application_id, job_run_id).state = "CANCELLED"
+        played.kill(job_run_id)
+        return application_id, job_run_id
+
+    patch.setattr(EMRServerlessBackend, "cancel_job_run", cancel_job_run)
+    # It says 404 where a new application has no run yet.
+    patch.setattr(
+        EMRServerlessBackend, "list_job_runs", lambda self, application_id, **_: self.job_runs.get(application_id, [])
+    )
