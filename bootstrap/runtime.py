@@ -59,7 +59,7 @@ def sums(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def rounded(took: dict[str, Any]) -> dict[str, Any]:
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in took.items()}
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in took.items()}
 
 
 def count_images(places: Iterable[str]) -> int:

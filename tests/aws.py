@@ -132,7 +132,8 @@ class Aws:
         status = self.spark_submit(words, run.id, logs)
         seconds = (utcnow() - started).total_seconds()
         run.total_execution_duration_seconds = round(seconds)
-        run.billed_resource_utilization = {"vCPUHour": seconds / 900, "memoryGBHour": seconds / 225, "storageGBHour": 0.0}
+        minutes = max(seconds, 60) / 60  # as AWS bills a worker of 4 vCPUs and 16 GB
+        run.billed_resource_utilization = {"vCPUHour": minutes / 15, "memoryGBHour": minutes / 3.75, "storageGBHour": 0.0}
         run.updated_at = utcnow()
         if run.state == "RUNNING":
             run.state = "SUCCESS" if status == 0 else "FAILED"
