@@ -1,0 +1,184 @@
+"""Rent the cluster of cluster.yaml, look at it, give it back.
+
+usage: cluster.py up [--release LABEL]    one of a name at a time; says what it costs, and does not wait
+       cluster.py status                  its state, its nodes, what it has cost
+       cluster.py down [--yes]            ends it; what it has written is in the bucket
+"""
+
+import re
+import sys
+from argparse import ArgumentParser
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import cloud
+import cost
+import residency
+import wheelhouse
+
+UP = ["STARTING", "BOOTSTRAPPING", "RUNNING", "WAITING"]
+
+
+def main(argv: list[str]) -> None:
+    settings = cloud.settings()
+    parser = ArgumentParser(usage=(__doc__ or "").partition("usage: ")[2])
+    parser.add_argument("command", choices=["up", "status", "down"])
+    parser.add_argument("--release", default=settings["cluster"]["ReleaseLabel"])
+    parser.add_argument("--yes", action="store_true")
+    arguments = parser.parse_args(argv)
+    emr = cloud.client("emr", settings["region"])
+    if arguments.command == "up":
+        up(emr, settings, arguments.release)
+    elif arguments.command == "status":
+        status(emr, settings)
+    else:
+        down(emr, settings, arguments.yes)
+
+
+def up(emr: Any, settings: dict[str, Any], release: str) -> None:
+    """Ask for a cluster, unless one of its name is up."""
+    outputs = cloud.outputs(settings)
+    residency.require(settings["region"], [outputs["Bucket"]])
+    name = settings["cluster"]["Name"]
+    if one := find_cluster(emr, name):
+        raise SystemExit(f"cluster: {name!r} is up already: {one}. `make cloud-status` shows it, `make cloud-down` ends it.")
+    bucket, wheels = outputs["Bucket"], wheelhouse.folder(wheelhouse.pins(settings, release))
+    if not wheelhouse.there(cloud.client("s3", settings["region"]), bucket, wheels):
+        again = "" if release == settings["cluster"]["ReleaseLabel"] else f" RELEASE={release}"
+        raise SystemExit(f"cluster: no s3://{bucket}/{wheels}, Python for the nodes. `make wheelhouse{again}` makes it.")
+    wanted = request(settings, outputs, release)
+    low, high = per_hour(wanted, cost.load())
+    one = emr.run_job_flow(**wanted)["JobFlowId"]
+    idle = wanted["AutoTerminationPolicy"]["IdleTimeout"] / 60
+    print(f"Cluster {one} ({name}, {release}) is being made, which takes some 8 minutes; stages may be sent already.")
+    print(f"It costs {low:.2f} to {high:.2f} EUR an hour, EMR's fee included, by the prices of bootstrap/prices.yaml.")
+    print(f"It ends by itself when it has had nothing to do for {idle:.0f} minutes; `make cloud-down` ends it now.")
+
+
+def status(emr: Any, settings: dict[str, Any]) -> None:
+    """Print state, nodes, age and cost so far."""
+    name = settings["cluster"]["Name"]
+    one = find_cluster(emr, name)
+    if one is None:
+        print(f"No cluster {name!r} is up in {settings['region']}.")
+        return
+    cluster = emr.describe_cluster(ClusterId=one)["Cluster"]
+    state, now = cluster["Status"], datetime.now(UTC)
+    reason = state.get("StateChangeReason", {}).get("Message", "")
+    instances = nodes(emr, one)
+    running = [i for i in instances if not i["Status"]["Timeline"].get("EndDateTime")]
+    kinds = Counter((i["InstanceType"], i["Market"].replace("_", " ").lower()) for i in running)
+    age = (now - state["Timeline"]["CreationDateTime"]).total_seconds() / 60
+    prices = cost.load()
+    hours, euros = cost.of_instances(instances, prices, now)
+    rate = cost.per_hour(instances, prices)
+    print(f"Cluster {one} ({name}, {cluster.get('ReleaseLabel', '')}): {state['State']}{': ' if reason else ''}{reason}")
+    print("Nodes:", ", ".join(f"{n} x {kind} {market}" for (kind, market), n in sorted(kinds.items())) or "none yet")
+    print(f"Up for {age:.0f} minutes: {hours:.1f} node hours, some {euros:.2f} EUR; {rate:.2f} EUR an hour now")
+
+
+def down(emr: Any, settings: dict[str, Any], yes: bool) -> None:
+    """End the cluster, having asked."""
+    name = settings["cluster"]["Name"]
+    one = find_cluster(emr, name)
+    if one is None:
+        print(f"No cluster {name!r} is up in {settings['region']}; nothing to end.")
+        return
+    if not yes and not agreed(f"End cluster {one} ({name}) and what runs on it?"):
+        raise SystemExit("cluster: not ended; it is still paid for")
+    emr.terminate_job_flows(JobFlowIds=[one])
+    print(f"Cluster {one} is ending; its nodes are paid for some seconds more.")
+
+
+def find_cluster(emr: Any, name: str) -> str | None:
+    """The id of the cluster of that name that is up, or about to be.
+
+    Raises
+    ------
+    SystemExit
+        there are several
+    """
+    pages = emr.get_paginator("list_clusters").paginate(ClusterStates=UP)
+    found = [cluster["Id"] for page in pages for cluster in page["Clusters"] if cluster["Name"] == name]
+    if len(found) > 1:
+        raise SystemExit(
+            f"cluster: {len(found)} clusters named {name!r} are up: {', '.join(found)}. End all but one: "
+            "`aws emr terminate-clusters --cluster-ids ID`."
+        )
+    return found[0] if found else None
+
+
+def nodes(emr: Any, one: str) -> list[dict[str, Any]]:
+    """All instances that the cluster has had, as list_instances gives them."""
+    pages = emr.get_paginator("list_instances").paginate(ClusterId=one)
+    return [instance for page in pages for instance in page["Instances"]]
+
+
+def request(settings: dict[str, Any], outputs: Mapping[str, str], release: str) -> dict[str, Any]:
+    """RunJobFlow's request: `cluster` of cluster.yaml, filled in."""
+    return dict(fill(settings["cluster"], values(settings, outputs, release)), ReleaseLabel=release)
+
+
+def job_settings(settings: dict[str, Any], outputs: Mapping[str, str]) -> dict[str, str]:
+    """Spark's settings for a job run: `serverless` of cluster.yaml, filled in."""
+    release = settings["parameters"].get("ServerlessRelease", settings["cluster"]["ReleaseLabel"])
+    return dict(fill(settings["serverless"], values(settings, outputs, release)))
+
+
+def values(settings: dict[str, Any], outputs: Mapping[str, str], release: str) -> dict[str, str]:
+    """What may be filled in: the stack's outputs, its name, the folder of Python for the release."""
+    wheels = wheelhouse.folder(wheelhouse.pins(settings, release))
+    return {**outputs, "Stack": settings["stack"], "Wheelhouse": f"s3://{outputs['Bucket']}/{wheels}"}
+
+
+def fill(value: Any, values: Mapping[str, str]) -> Any:
+    """The same, with ${Name} replaced; one that stands alone in a list becomes as many items as its value has, by commas.
+
+    Raises
+    ------
+    SystemExit
+        a name that has no value
+    """
+
+    def one(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            raise SystemExit(f"cluster: ${{{match[1]}}} in cluster.yaml is none of {', '.join(sorted(values))}")
+        return values[match[1]]
+
+    if isinstance(value, Mapping):
+        return {key: fill(item, values) for key, item in value.items()}
+    if isinstance(value, list):
+        filled = [(item, fill(item, values)) for item in value]
+        alone = [isinstance(item, str) and re.fullmatch(r"\$\{\w+\}", item) for item in value]
+        return [part for (_, new), split in zip(filled, alone, strict=True) for part in (new.split(",") if split else [new])]
+    return re.sub(r"\$\{(\w+)\}", one, value) if isinstance(value, str) else value
+
+
+def per_hour(wanted: Mapping[str, Any], prices: Mapping[str, Any]) -> tuple[float, float]:
+    """EUR an hour at least and at most: scaled down, with the cheapest types, and up, with the dearest, none on spot."""
+    fleets = {fleet["InstanceFleetType"]: fleet["InstanceTypeConfigs"] for fleet in wanted["Instances"]["InstanceFleets"]}
+    limits = wanted["ManagedScalingPolicy"]["ComputeLimits"]
+
+    def each(*names: str) -> list[float]:
+        kinds = [kind for name in names for kind in fleets[name]]
+        return [cost.of_node(kind["InstanceType"], "ON_DEMAND", prices) / kind.get("WeightedCapacity", 1) for kind in kinds]
+
+    low = min(each("MASTER")) + limits["MinimumCapacityUnits"] * min(each("CORE"))
+    high = max(each("MASTER")) + limits["MaximumCapacityUnits"] * max(each("CORE", "TASK"))
+    return low, high
+
+
+def agreed(question: str) -> bool:
+    """Whether the person at the terminal says yes; nobody there is a no."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
+
+
+if __name__ == "__main__":
+    with cloud.errors_in_words("cluster"):
+        main(sys.argv[1:])

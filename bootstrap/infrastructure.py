@@ -1,0 +1,204 @@
+"""Make, update or delete what lasts between clusters: the stack of infrastructure.yaml, in the region of cluster.yaml.
+
+usage: infrastructure.py up              as often as you like; says what it does, and the reason where it cannot
+       infrastructure.py down [--yes]    all but the bucket
+"""
+
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError
+
+import cloud
+import cluster
+import residency
+
+TEMPLATE = Path(__file__).with_name("infrastructure.yaml")
+WAIT = 3  # seconds between looks
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser(usage=(__doc__ or "").partition("usage: ")[2])
+    parser.add_argument("command", choices=["up", "down"])
+    parser.add_argument("--yes", action="store_true")
+    arguments = parser.parse_args(argv)
+    settings = cloud.settings()
+    if arguments.command == "up":
+        up(settings)
+    else:
+        down(settings, arguments.yes)
+
+
+def up(settings: dict[str, Any]) -> None:
+    """Bring the stack to what the template and cluster.yaml say.
+
+    Raises
+    ------
+    SystemExit
+        CloudFormation could not; the reason has been printed, and the stack is as it was before
+    """
+    region, name = settings["region"], settings["stack"]
+    residency.require(region, [])
+    cloudformation = cloud.client("cloudformation", region)
+    stack = find(cloudformation, name)
+    if stack and stack["StackStatus"] == "ROLLBACK_COMPLETE":  # a first attempt that failed; it cannot be updated
+        cloudformation.delete_stack(StackName=name)
+        follow(cloudformation, stack["StackId"], set())
+        stack = None
+    is_new = stack is None or stack["StackStatus"] == "REVIEW_IN_PROGRESS"
+    change = {"StackName": name, "ChangeSetName": f"setup-{time.time_ns()}"}
+    made = cloudformation.create_change_set(
+        **change,
+        ChangeSetType="CREATE" if is_new else "UPDATE",
+        TemplateBody=TEMPLATE.read_text(),
+        Parameters=[{"ParameterKey": key, "ParameterValue": str(value)} for key, value in settings["parameters"].items()],
+        Capabilities=["CAPABILITY_IAM"],
+        Tags=[{"Key": "project", "Value": name}],
+        ImportExistingResources=True,  # the bucket that an earlier stack of the name has left
+    )
+    if not prepared(cloudformation, change):
+        print(f"Stack {name} in {region} is as it should be.")
+    else:
+        seen = seen_so_far(cloudformation, made["StackId"])
+        cloudformation.execute_change_set(**change)
+        end = follow(cloudformation, made["StackId"], seen)
+        if end not in ("CREATE_COMPLETE", "UPDATE_COMPLETE", "IMPORT_COMPLETE"):
+            raise SystemExit(f"infrastructure: stack {name} in {region} is {end}; the reason is above, where it says FAILED")
+    outputs = cloud.outputs(settings)
+    print("\n".join(f"{key:28} {value}" for key, value in sorted(outputs.items())))
+    if not cloud.client("ec2", region).get_ebs_encryption_by_default()["EbsEncryptionByDefault"]:
+        command = f"aws ec2 enable-ebs-encryption-by-default --region {region}"
+        print(f"\nNew disks are not encrypted in this account and region. `{command}` encrypts them, and costs nothing.")
+    print("\nNext:  make wheelhouse")
+
+
+def down(settings: dict[str, Any], yes: bool) -> None:
+    """Delete the stack, but not the bucket, which holds the data.
+
+    Raises
+    ------
+    SystemExit
+        a cluster is up, nobody agreed, or CloudFormation could not
+    """
+    region, name = settings["region"], settings["stack"]
+    residency.require(region, [])
+    cloudformation = cloud.client("cloudformation", region)
+    stack = find(cloudformation, name)
+    if stack is None:
+        print(f"No stack {name!r} in {region}; nothing to delete.")
+        return
+    try:
+        outputs = cloud.outputs(settings)
+    except SystemExit:
+        outputs = {}
+    if one := cluster.find_cluster(cloud.client("emr", region), settings["cluster"]["Name"]):
+        raise SystemExit(f"infrastructure: cluster {one} is up, in the network of the stack. `make cloud-down` first.")
+    if not yes and not cluster.agreed(f"Delete stack {name} in {region}: network, roles, everything but the bucket?"):
+        raise SystemExit("infrastructure: nothing deleted")
+    let_go(cloud.client("ec2", region), outputs)
+    seen = seen_so_far(cloudformation, stack["StackId"])
+    cloudformation.delete_stack(StackName=name)
+    end = follow(cloudformation, stack["StackId"], seen)
+    if end != "DELETE_COMPLETE":
+        raise SystemExit(f"infrastructure: stack {name} in {region} is {end}; the reason is above, where it says FAILED")
+    if bucket := outputs.get("Bucket"):
+        print(f"Kept: s3://{bucket}, with all data; `make cloud-setup` takes it back in. To delete it too, for good:")
+        deletion = f"b = boto3.resource('s3', '{region}').Bucket('{bucket}'); b.object_versions.delete(); b.delete()"
+        print(f'  .venv/bin/python -c "import boto3; {deletion}"')
+
+
+def let_go(ec2: Any, outputs: Mapping[str, str]) -> None:
+    """Remove what EMR has added to our network, which CloudFormation knows nothing of and which would not let it go.
+
+    That is its own endpoint, and the rules by which the security groups name one another.
+    """
+    groups = [value for key, value in outputs.items() if key.endswith("SecurityGroup")]
+    if not groups:
+        return
+    found = ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"]
+    ours = [
+        {"Name": "vpc-id", "Values": [found[0]["VpcId"]]},
+        {"Name": "tag:Name", "Values": ["emr-service-vpce"]},
+    ]
+    endpoints = [endpoint["VpcEndpointId"] for endpoint in ec2.describe_vpc_endpoints(Filters=ours)["VpcEndpoints"]]
+    if endpoints:
+        ec2.delete_vpc_endpoints(VpcEndpointIds=endpoints)
+    for group in found:
+        if group["IpPermissions"]:
+            ec2.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=group["IpPermissions"])
+        if group["IpPermissionsEgress"]:
+            ec2.revoke_security_group_egress(GroupId=group["GroupId"], IpPermissions=group["IpPermissionsEgress"])
+
+
+def find(cloudformation: Any, name: str) -> dict[str, Any] | None:
+    """The stack of that name or id, or None where there is none."""
+    try:
+        (stack,) = cloudformation.describe_stacks(StackName=name)["Stacks"]
+    except ClientError as error:
+        if "does not exist" not in str(error):
+            raise
+        return None
+    return dict(stack)
+
+
+def prepared(cloudformation: Any, change: Mapping[str, str]) -> bool:
+    """Wait for the change set; whether there is anything to change.
+
+    Raises
+    ------
+    SystemExit
+        with CloudFormation's reason
+    """
+    while True:
+        found = cloudformation.describe_change_set(**change)
+        if found["Status"] == "CREATE_COMPLETE":
+            return True
+        if found["Status"] == "FAILED":
+            reason = found.get("StatusReason", "")
+            cloudformation.delete_change_set(**change)
+            if "didn't contain changes" in reason or "No updates" in reason:
+                return False
+            raise SystemExit(f"infrastructure: CloudFormation refuses: {reason}")
+        time.sleep(WAIT)
+
+
+def follow(cloudformation: Any, stack_id: str, seen: set[str]) -> str:
+    """Print what happens to the stack's resources, but for the events that were seen, until it is over; how it ends.
+
+    The stack goes by its id, as one that is deleted has no name any more.
+    """
+    while True:
+        stack = find(cloudformation, stack_id)
+        for event in events(cloudformation, stack_id):
+            if event["EventId"] not in seen and event["ResourceStatus"].endswith(("_COMPLETE", "_FAILED")):
+                reason = event.get("ResourceStatusReason", "")
+                print(f"{event['ResourceStatus']:22} {event['LogicalResourceId']:28} {reason}".rstrip())
+            seen.add(event["EventId"])
+        state = str(stack["StackStatus"]) if stack else "DELETE_COMPLETE"
+        if not state.endswith("_IN_PROGRESS"):
+            return state
+        time.sleep(WAIT)
+
+
+def seen_so_far(cloudformation: Any, stack_id: str) -> set[str]:
+    return {event["EventId"] for event in events(cloudformation, stack_id)}
+
+
+def events(cloudformation: Any, name: str) -> list[dict[str, Any]]:
+    """What has happened to the stack, oldest first."""
+    try:
+        pages = cloudformation.get_paginator("describe_stack_events").paginate(StackName=name)
+        return [event for page in pages for event in page["StackEvents"]][::-1]
+    except ClientError as error:
+        if "does not exist" not in str(error):
+            raise
+        return []
+
+
+if __name__ == "__main__":
+    with cloud.errors_in_words("infrastructure"):
+        main(sys.argv[1:])

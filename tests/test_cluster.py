@@ -1,0 +1,321 @@
+"""cluster.yaml and cluster.py: what is asked of EMR, what it costs, and that nobody pays for one that was forgotten."""
+
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import boto3
+import botocore.session
+import pytest
+import yaml
+from botocore.validate import ParamValidator
+from moto import mock_aws
+
+import cloud
+import cluster
+import cost
+import residency
+import wheelhouse
+from tests.conftest import ROOT
+
+SETTINGS = cloud.settings()
+CLUSTER = SETTINGS["cluster"]
+RELEASE = CLUSTER["ReleaseLabel"]
+TEMPLATE = (ROOT / "bootstrap/infrastructure.yaml").read_text()
+OUTPUTS = {name: f"the-{name}" for name in re.findall(r"^  (\w+):.*Value", TEMPLATE.partition("\nOutputs:")[2], re.M)}
+OUTPUTS["Subnets"] = "subnet-a,subnet-b"
+NAMES = {"CORE", "MASTER", "TASK"}
+
+
+def complaints(service: str, operation: str, request: dict[str, Any]) -> str:
+    """What botocore has against a request, by the service's own model."""
+    shape = botocore.session.get_session().get_service_model(service).operation_model(operation).input_shape
+    return str(ParamValidator().validate(request, shape).generate_report())
+
+
+def enumerations(value: Any, shape: Any) -> Iterator[tuple[str, list[str]]]:
+    """Each word in a request of which the service's model knows all that there are: botocore does not look at them."""
+    if shape.type_name == "structure":
+        for key, item in value.items():
+            yield from enumerations(item, shape.members[key])
+    elif shape.type_name == "list":
+        for item in value:
+            yield from enumerations(item, shape.member)
+    elif getattr(shape, "enum", None):
+        yield value, shape.enum
+
+
+def fleets(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {fleet["InstanceFleetType"]: fleet for fleet in request["Instances"]["InstanceFleets"]}
+
+
+@pytest.fixture
+def emr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """EMR in Paris, with the stack there and Python for the nodes."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with mock_aws():
+        s3 = boto3.client("s3", region_name=SETTINGS["region"])
+        s3.create_bucket(Bucket="the-bucket", CreateBucketConfiguration={"LocationConstraint": SETTINGS["region"]})
+        key = f"{wheelhouse.folder(wheelhouse.pins(SETTINGS, RELEASE))}/requirements.txt"
+        s3.put_object(Bucket="the-bucket", Key=key, Body=b"")
+        monkeypatch.setattr(cloud, "outputs", lambda settings: OUTPUTS | {"Bucket": "the-bucket"})
+        monkeypatch.setattr(residency, "require", lambda region, buckets: None)
+        yield boto3.client("emr", region_name=SETTINGS["region"])
+
+
+@pytest.mark.parametrize("release", SETTINGS["releases"])
+def test_the_request_is_one_that_emr_takes(release: str) -> None:
+    request = cluster.request(SETTINGS, OUTPUTS, release)
+    assert complaints("emr", "RunJobFlow", request) == ""
+    assert request["ReleaseLabel"] == release
+
+
+def test_each_word_of_the_request_is_one_that_emr_knows() -> None:
+    model = botocore.session.get_session().get_service_model("emr").operation_model("RunJobFlow").input_shape
+    words = list(enumerations(cluster.request(SETTINGS, OUTPUTS, RELEASE), model))
+    assert len(words) == 7
+    assert [word for word, known in words if word not in known] == []
+
+
+def test_the_default_release_is_among_the_known() -> None:
+    assert RELEASE in SETTINGS["releases"]
+
+
+def test_nothing_of_the_request_is_left_to_be_filled_in() -> None:
+    request = cluster.request(SETTINGS, OUTPUTS, RELEASE)
+    assert "${" not in yaml.safe_dump(request)
+    assert request["Instances"]["Ec2SubnetIds"] == ["subnet-a", "subnet-b"]
+    assert request["LogUri"] == "s3://the-Bucket/logs/"
+
+
+def test_a_placeholder_without_a_value_is_named() -> None:
+    with pytest.raises(SystemExit, match=r"\$\{Typo\} in cluster\.yaml is none of Bucket"):
+        cluster.fill(["${Typo}"], {"Bucket": "b"})
+
+
+def test_the_bootstrap_action_installs_from_where_its_script_is() -> None:
+    (action,) = cluster.request(SETTINGS, OUTPUTS, RELEASE)["BootstrapActions"]
+    script, folder = action["ScriptBootstrapAction"]["Path"], action["ScriptBootstrapAction"]["Args"][0]
+    assert script == f"{folder}/install.sh"
+    assert folder == f"s3://the-Bucket/{wheelhouse.folder(wheelhouse.pins(SETTINGS, RELEASE))}"
+
+
+def test_a_forgotten_cluster_ends_by_itself() -> None:
+    assert 60 <= CLUSTER["AutoTerminationPolicy"]["IdleTimeout"] <= 3600
+    assert CLUSTER["Instances"]["TerminationProtected"] is False
+
+
+def test_only_what_can_be_lost_is_on_spot() -> None:
+    assert {name for name, fleet in fleets(CLUSTER).items() if fleet.get("TargetSpotCapacity")} == {"TASK"}
+    assert set(fleets(CLUSTER)) == NAMES
+
+
+def test_spot_has_several_pools_of_one_kind_of_processor() -> None:
+    types = [kind["InstanceType"] for kind in fleets(CLUSTER)["TASK"]["InstanceTypeConfigs"]]
+    assert len(types) > 3
+    everywhere = {kind["InstanceType"] for fleet in fleets(CLUSTER).values() for kind in fleet["InstanceTypeConfigs"]}
+    assert {name.partition(".")[0] for name in everywhere} == {"m6i"}
+
+
+def test_the_cluster_as_it_starts_is_within_the_limits_of_its_scaling() -> None:
+    limits = CLUSTER["ManagedScalingPolicy"]["ComputeLimits"]
+    core, task = (fleets(CLUSTER)[name] for name in ("CORE", "TASK"))
+    assert core["TargetOnDemandCapacity"] == limits["MaximumCoreCapacityUnits"] == limits["MinimumCapacityUnits"]
+    assert core["TargetOnDemandCapacity"] + task["TargetSpotCapacity"] <= limits["MaximumCapacityUnits"]
+
+
+def test_a_unit_is_four_vcpus() -> None:
+    for name in ("CORE", "TASK"):
+        for kind in fleets(CLUSTER)[name]["InstanceTypeConfigs"]:
+            assert cost.cores(kind["InstanceType"]) == 4 * kind["WeightedCapacity"]
+
+
+def test_an_executor_fits_beside_the_application_master_on_the_smallest_node() -> None:
+    conf = next(c for c in CLUSTER["Configurations"] if c["Classification"] == "spark-defaults")["Properties"]
+    gigabytes = [int(conf[key].removesuffix("g")) for key in ("spark.executor.memory", "spark.executor.memoryOverhead")]
+    # What EMR gives YARN on an xlarge of 16 GB: 12,288 MB (EMR Release Guide, task configuration).
+    assert sum(gigabytes) * 1024 + 1024 <= 12288
+    assert conf["spark.executor.cores"] == "4"
+
+
+def test_nobody_gets_in_by_ssh() -> None:
+    assert "Ec2KeyName" not in CLUSTER["Instances"]
+
+
+def test_the_cluster_carries_the_tags_that_its_policies_ask_for() -> None:
+    tags = {tag["Key"]: tag["Value"] for tag in cluster.request(SETTINGS, OUTPUTS, RELEASE)["Tags"]}
+    assert tags == {"project": SETTINGS["stack"], "for-use-with-amazon-emr-managed-policies": "true"}
+
+
+def test_a_job_run_unpacks_the_packages_of_the_wheelhouse() -> None:
+    conf = cluster.job_settings(SETTINGS, OUTPUTS)
+    folder = wheelhouse.folder(wheelhouse.pins(SETTINGS, RELEASE))
+    assert conf["spark.archives"] == f"s3://the-Bucket/{folder}/{wheelhouse.ARCHIVE}#packages"
+    assert all(isinstance(value, str) and "${" not in value for value in conf.values())
+
+
+def test_a_cluster_costs_at_least_its_smallest_and_at_most_its_largest_nodes() -> None:
+    prices = {
+        "ec2": {"small": 0.1, "large": 0.4, "dear": 0.8},
+        "spot": 0.1,
+        "emr": 0,
+        "ebs": 0,
+        "ebs_gb": 0,
+        "usd_per_eur": 1,
+    }
+
+    def fleet(name: str, *kinds: tuple[str, int]) -> dict[str, Any]:
+        configs = [{"InstanceType": kind, "WeightedCapacity": units} for kind, units in kinds]
+        return {"InstanceFleetType": name, "InstanceTypeConfigs": configs}
+
+    request = {
+        "Instances": {
+            "InstanceFleets": [
+                fleet("MASTER", ("small", 1), ("large", 1)),
+                fleet("CORE", ("large", 4)),  # 0.1 a unit
+                fleet("TASK", ("large", 4), ("dear", 4)),  # 0.1 and 0.2
+            ]
+        },
+        "ManagedScalingPolicy": {"ComputeLimits": {"MinimumCapacityUnits": 4, "MaximumCapacityUnits": 10}},
+    }
+    assert cluster.per_hour(request, prices) == pytest.approx((0.1 + 0.4, 0.4 + 2.0))
+
+
+def test_up_asks_for_the_cluster_and_says_what_it_costs(emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.main(["up"])
+    one = cluster.find_cluster(emr, "fruits")
+    said = capsys.readouterr().out
+    low, high = cluster.per_hour(CLUSTER, cost.load())
+    assert f"Cluster {one} (fruits, {RELEASE})" in said
+    assert f"{low:.2f} to {high:.2f} EUR an hour" in said
+    assert "30 minutes; `make cloud-down` ends it now" in said
+    asked = emr.describe_cluster(ClusterId=one)["Cluster"]
+    assert asked["SecurityConfiguration"] == "the-SecurityConfiguration"
+
+
+def test_up_asks_for_the_other_release(emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"`make wheelhouse RELEASE=emr-7\.13\.0` makes it"):
+        cluster.main(["up", "--release", "emr-7.13.0"])
+
+
+def test_up_looks_at_residency_first(emr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(region: str, buckets: list[str]) -> None:
+        asked.append((region, buckets))
+        raise SystemExit("residency: refused")
+
+    monkeypatch.setattr(residency, "require", refuse)
+    with pytest.raises(SystemExit, match="residency"):
+        cluster.main(["up"])
+    assert asked == [("eu-west-3", ["the-bucket"])]
+    assert cluster.find_cluster(emr, "fruits") is None
+
+
+def test_a_second_cluster_of_the_name_is_refused(emr: Any) -> None:
+    cluster.main(["up"])
+    one = cluster.find_cluster(emr, "fruits")
+    with pytest.raises(SystemExit, match=f"'fruits' is up already: {one}"):
+        cluster.main(["up"])
+
+
+def test_without_python_for_the_nodes_no_cluster_is_asked_for(emr: Any) -> None:
+    s3 = boto3.client("s3", region_name=SETTINGS["region"])
+    for item in s3.list_objects_v2(Bucket="the-bucket")["Contents"]:
+        s3.delete_object(Bucket="the-bucket", Key=item["Key"])
+    with pytest.raises(
+        SystemExit, match=r"no s3://the-bucket/bootstrap/\w+, Python for the nodes\. `make wheelhouse` makes it"
+    ):
+        cluster.main(["up"])
+    assert cluster.find_cluster(emr, "fruits") is None
+
+
+def test_two_clusters_of_a_name_are_an_error(emr: Any) -> None:
+    both = [emr.run_job_flow(**cluster.request(SETTINGS, OUTPUTS, RELEASE))["JobFlowId"] for _ in range(2)]
+    with pytest.raises(SystemExit, match="2 clusters named 'fruits' are up") as error:
+        cluster.find_cluster(emr, "fruits")
+    assert all(one in str(error.value) for one in both)
+
+
+def test_a_cluster_that_has_ended_is_not_found(emr: Any) -> None:
+    cluster.main(["up"])
+    cluster.main(["down", "--yes"])
+    assert cluster.find_cluster(emr, "fruits") is None
+    assert cluster.find_cluster(emr, "apples") is None
+
+
+def test_down_asks_first(emr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.main(["up"])
+    one = cluster.find_cluster(emr, "fruits")
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "")
+    with pytest.raises(SystemExit, match="not ended; it is still paid for"):
+        cluster.main(["down"])
+    assert questions == [f"End cluster {one} (fruits) and what runs on it? [y/N] "]
+    assert cluster.find_cluster(emr, "fruits") == one
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    cluster.main(["down"])
+    assert cluster.find_cluster(emr, "fruits") is None
+
+
+def test_where_nobody_can_answer_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(question: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", nobody)
+    assert not cluster.agreed("Sure?")
+
+
+def test_without_a_cluster_down_and_status_say_so(emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.main(["down"])
+    cluster.main(["status"])
+    assert capsys.readouterr().out.splitlines() == [
+        "No cluster 'fruits' is up in eu-west-3; nothing to end.",
+        "No cluster 'fruits' is up in eu-west-3.",
+    ]
+
+
+def test_status_says_what_there_is_and_what_it_has_cost(
+    emr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster.main(["up"])
+    one = cluster.find_cluster(emr, "fruits")
+    now = datetime.now(UTC)
+
+    def instance(kind: str, market: str, minutes: float, ended: float | None = None) -> dict[str, Any]:
+        timeline = {"CreationDateTime": now - timedelta(minutes=minutes)}
+        if ended is not None:
+            timeline["EndDateTime"] = now - timedelta(minutes=ended)
+        return {"InstanceType": kind, "Market": market, "Status": {"Timeline": timeline}}
+
+    instances = [
+        instance("m6i.xlarge", "ON_DEMAND", 60),
+        instance("m6i.2xlarge", "SPOT", 30),
+        instance("m6i.2xlarge", "SPOT", 30),
+        instance("m6i.4xlarge", "SPOT", 60, ended=30),
+    ]
+    monkeypatch.setattr(cluster, "nodes", lambda emr, one: instances)
+    capsys.readouterr()
+    cluster.main(["status"])
+    said = capsys.readouterr().out
+    prices = cost.load()
+    each = {kind: cost.of_node(kind, "SPOT", prices) for kind in ("m6i.2xlarge", "m6i.4xlarge")}
+    primary = cost.of_node("m6i.xlarge", "ON_DEMAND", prices)
+    assert f"Cluster {one} (fruits, {RELEASE}): WAITING" in said
+    assert "Nodes: 2 x m6i.2xlarge spot, 1 x m6i.xlarge on demand\n" in said
+    assert f"2.5 node hours, some {primary + each['m6i.2xlarge'] + each['m6i.4xlarge'] / 2:.2f} EUR" in said
+    assert f"{primary + 2 * each['m6i.2xlarge']:.2f} EUR an hour now" in said
+
+
+def test_each_page_of_instances_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pages:
+        def get_paginator(self, name: str) -> Any:
+            return self
+
+        def paginate(self, **arguments: str) -> list[dict[str, Any]]:
+            return [{"Instances": [{"Id": "1"}]}, {"Instances": [{"Id": "2"}]}]
+
+    assert [instance["Id"] for instance in cluster.nodes(Pages(), "j-1")] == ["1", "2"]

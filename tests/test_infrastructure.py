@@ -1,0 +1,469 @@
+"""infrastructure.yaml and infrastructure.py: what the template allows and forbids, and what is made, kept and deleted."""
+
+import fnmatch
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.client
+import pytest
+import yaml
+from moto import mock_aws
+from moto.cloudformation.models import ChangeSet
+from moto.ec2.models.route_tables import RouteTable
+
+import cloud
+import infrastructure
+import residency
+from tests.conftest import ROOT
+
+SETTINGS = cloud.settings()
+REGION = SETTINGS["region"]
+OUTPUTS = {
+    "Bucket",
+    "ServiceRole",
+    "InstanceProfile",
+    "SecurityConfiguration",
+    "Subnets",
+    "PrimarySecurityGroup",
+    "CoreSecurityGroup",
+    "ServiceAccessSecurityGroup",
+    "ServerlessRole",
+    "LauncherPolicy",
+}
+
+
+class Template(yaml.SafeLoader):
+    """YAML with CloudFormation's tags, which become their arguments: enough to look at."""
+
+
+Template.add_multi_constructor(
+    "!",
+    lambda loader, tag, node: (
+        loader.construct_scalar(node)
+        if isinstance(node, yaml.ScalarNode)
+        else loader.construct_sequence(node, deep=True)
+        if isinstance(node, yaml.SequenceNode)
+        else loader.construct_mapping(node, deep=True)
+    ),
+)
+TEMPLATE = yaml.load(infrastructure.TEMPLATE.read_text(), Template)
+RESOURCES = TEMPLATE["Resources"]
+
+
+def properties(kind: str) -> dict[str, dict[str, Any]]:
+    return {name: resource["Properties"] for name, resource in RESOURCES.items() if resource["Type"] == kind}
+
+
+def statements(name: str) -> dict[str, dict[str, Any]]:
+    return {statement["Sid"]: statement for statement in RESOURCES[name]["Properties"]["PolicyDocument"]["Statement"]}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def test_cloudformation_would_take_the_template() -> None:
+    command = [Path(sys.executable).with_name("cfn-lint"), "-r", REGION, "--", infrastructure.TEMPLATE]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_regions_are_those_of_residency() -> None:
+    ((regions, where),) = [rule["Assert"] for rule in TEMPLATE["Rules"]["EuropeanUnionOnly"]["Assertions"]]
+    assert set(regions) == residency.EU
+    assert where == "AWS::Region"
+
+
+def test_the_values_in_the_cluster_file_are_parameters_of_the_template() -> None:
+    assert set(SETTINGS["parameters"]) <= set(TEMPLATE["Parameters"])
+    assert all(isinstance(value, str) for value in SETTINGS["parameters"].values())
+
+
+def test_what_the_cluster_file_and_the_launcher_fill_in_is_there() -> None:
+    assert set(TEMPLATE["Outputs"]) == OUTPUTS | {"ServerlessApplication"}
+
+
+def test_what_dvc_stores_never_expires() -> None:
+    rules = RESOURCES["Bucket"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    assert {rule["Prefix"]: rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule} == {
+        "staging/": 7,
+        "logs/": 90,
+    }
+
+
+def test_what_is_deleted_by_mistake_can_be_had_back_and_nobody_from_outside_can_ask() -> None:
+    bucket = RESOURCES["Bucket"]["Properties"]
+    assert bucket["VersioningConfiguration"] == {"Status": "Enabled"}
+    assert set(bucket["PublicAccessBlockConfiguration"].values()) == {True}
+    assert len(bucket["PublicAccessBlockConfiguration"]) == 4
+    assert bucket["OwnershipControls"] == {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]}
+
+
+def test_data_outlives_the_stack_and_so_does_what_protects_it() -> None:
+    assert {name for name, resource in RESOURCES.items() if resource.get("DeletionPolicy") == "Retain"} == {
+        "Bucket",
+        "BucketPolicy",
+    }
+
+
+def test_nobody_reads_the_bucket_in_the_clear_or_copies_it_elsewhere() -> None:
+    policy = statements("BucketPolicy")
+    assert {statement["Effect"] for statement in policy.values()} == {"Deny"}
+    assert policy["EncryptedInTransit"]["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+    assert "s3:PutReplicationConfiguration" in policy["NowhereElse"]["Action"]
+
+
+def test_nodes_have_no_way_out() -> None:
+    kinds = {resource["Type"] for resource in RESOURCES.values()}
+    ways = ("InternetGateway", "NatGateway", "EIP", "::Route", "TransitGateway", "VPCPeering", "VPNGateway")
+    assert not [kind for kind in kinds if kind.endswith(ways)]
+
+
+def test_nothing_that_costs_by_the_hour_is_made_unless_it_is_wanted() -> None:
+    by_the_hour = {"AWS::EC2::VPCEndpoint", "AWS::EMRServerless::Application", "AWS::KMS::Key"}
+    paid = [
+        r for r in RESOURCES.values() if r["Type"] in by_the_hour and r["Properties"].get("VpcEndpointType") != "Gateway"
+    ]
+    assert len(paid) == 3
+    assert all("Condition" in resource for resource in paid)
+    assert {SETTINGS["parameters"][name] for name in ("Serverless", "SessionManager")} == {"false"}
+
+
+def test_from_inside_only_our_bucket_and_those_of_emr_in_the_region_exist() -> None:
+    for sid, statement in statements_of_endpoint().items():
+        for resource in as_list(statement["Resource"]):
+            assert resource != "*"
+            assert "AWS::Region" in resource or resource.startswith(("Bucket.Arn", "${Bucket.Arn}")), f"{sid}: {resource}"
+
+
+def statements_of_endpoint() -> dict[str, dict[str, Any]]:
+    return {
+        statement["Sid"]: statement for statement in RESOURCES["S3Endpoint"]["Properties"]["PolicyDocument"]["Statement"]
+    }
+
+
+def test_emr_8_can_start_in_the_private_subnets() -> None:
+    """The buckets that AWS's documentation lists for emr-spark-8.0.0 in a private subnet."""
+    resources = [r for s in statements_of_endpoint().values() for r in as_list(s["Resource"])]
+    found = [r.replace("${AWS::Partition}", "aws").replace("${AWS::Region}", REGION) for r in resources]
+    for bucket in (
+        "al2023-repos-eu-west-3-de612dc2",
+        "repo.eu-west-3.emr.amazonaws.com",
+        "aws157-instance-data-0-prod-eu-west-3",
+        "aws157-instance-data-1-prod-eu-west-3",
+        "aws157-logs-prod-eu-west-3",
+        "prod.eu-west-3.appinfo.src",
+    ):
+        assert f"arn:aws:s3:::{bucket}/*" in found
+
+
+def test_nobody_comes_in_from_outside() -> None:
+    assert not [p for p in properties("AWS::EC2::SecurityGroupIngress").values() if "CidrIp" in p]
+    rules = [rule for p in properties("AWS::EC2::SecurityGroup").values() for rule in p.get("SecurityGroupIngress", [])]
+    assert [rule["CidrIp"] for rule in rules] == ["Vpc.CidrBlock"]
+
+
+def test_what_emr_works_in_carries_the_tag_of_its_policy() -> None:
+    tag = {"Key": "for-use-with-amazon-emr-managed-policies", "Value": "true"}
+    wanted = ("Vpc", "SubnetA", "SubnetB", "PrimarySecurityGroup", "CoreSecurityGroup", "ServiceAccessSecurityGroup")
+    assert [name for name in wanted if tag not in RESOURCES[name]["Properties"]["Tags"]] == []
+
+
+def test_the_primary_node_can_report_to_emr() -> None:
+    """Without it managed scaling does nothing: EMR writes all rules but this into groups that are ours."""
+    rule = RESOURCES["PrimaryReports"]["Properties"]
+    assert (rule["GroupId"], rule["SourceSecurityGroupId"]) == ("ServiceAccessSecurityGroup", "PrimarySecurityGroup")
+    assert (rule["FromPort"], rule["ToPort"]) == (9443, 9443)
+
+
+@pytest.mark.parametrize(
+    ("action", "key", "allowed"),
+    [
+        ("s3:GetObject", "bootstrap/0123/install.sh", True),
+        ("s3:PutObject", "bootstrap/0123/install.sh", False),
+        ("s3:GetObject", "dvc/files/md5/ab/cd", True),
+        ("s3:PutObject", "dvc/files/md5/ab/cd", False),
+        ("s3:DeleteObject", "dvc/files/md5/ab/cd", False),
+        ("s3:PutObject", "staging/runs/1/part-00000.parquet", True),
+        ("s3:DeleteObject", "staging/runs/1/part-00000.parquet", True),
+        ("s3:PutObject", "feature-cache/x", True),
+        ("s3:PutObject", "logs/j-1/steps/s-1/stderr.gz", True),
+        ("s3:PutObject", "elsewhere", False),
+    ],
+)
+def test_a_job_may_write_where_it_has_to(action: str, key: str, allowed: bool) -> None:
+    found = [
+        True
+        for statement in statements("JobPolicy").values()
+        for resource in as_list(statement["Resource"])
+        if action in as_list(statement["Action"]) and fnmatch.fnmatch(f"${{Bucket.Arn}}/{key}", resource.replace("[", "[[]"))
+    ]
+    assert bool(found) is allowed
+
+
+def test_the_launcher_may_do_what_the_scripts_call() -> None:
+    allowed = [action for s in statements("LauncherPolicy").values() for action in as_list(s["Action"])]
+    for action in (
+        "cloudformation:DescribeStacks",
+        "s3:GetBucketLocation",
+        "s3:GetReplicationConfiguration",
+        "s3:PutObject",
+        "elasticmapreduce:RunJobFlow",
+        "elasticmapreduce:AddJobFlowSteps",
+        "elasticmapreduce:CancelSteps",
+        "elasticmapreduce:DescribeStep",
+        "elasticmapreduce:ListInstances",
+        "elasticmapreduce:TerminateJobFlows",
+        "emr-serverless:StartJobRun",
+        "iam:PassRole",
+    ):
+        assert [pattern for pattern in allowed if fnmatch.fnmatch(action, pattern)], action
+
+
+def test_no_policy_of_ours_allows_all_of_a_service() -> None:
+    for name in ("JobPolicy", "LauncherPolicy"):
+        for sid, statement in statements(name).items():
+            assert not [action for action in as_list(statement["Action"]) if action.endswith(":*")], sid
+
+
+# --- Made, updated and deleted, by moto. It knows no policy of a bucket, no budget and no application of EMR Serverless.
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr(infrastructure, "WAIT", 0)
+    monkeypatch.setattr(residency, "require", lambda region, buckets: None)
+
+    def apply(change: Any) -> None:
+        """What moto leaves out: the outputs of a stack that is made by a change set."""
+        stack = change.stack
+        if change.change_set_type == "UPDATE":
+            stack.update(change.template, parameters=change.parameters)
+            return
+        stack.template, stack.parameters = change.template, change.parameters
+        stack._parse_template()
+        stack.resource_map = stack._create_resource_map()
+        stack.resource_map.create(stack.template_dict)
+        stack.output_map = stack._create_output_map()
+
+    def delete(table: Any, *_: str) -> None:
+        """What moto leaves out: to delete a route table with its stack."""
+        table.associations.clear()
+        table.ec2_backend.delete_route_table(table.id)
+
+    monkeypatch.setattr(ChangeSet, "apply", apply)
+    monkeypatch.setattr(RouteTable, "delete", delete, raising=False)
+    with mock_aws():
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Operations and their arguments, as they are sent to AWS."""
+    made = []
+    send = botocore.client.BaseClient._make_api_call
+
+    def record(client: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        made.append((operation, arguments))
+        return send(client, operation, arguments)
+
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", record)
+    return made
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS..S3..BucketPolicy")
+
+
+def test_up_makes_the_stack_and_prints_its_outputs(aws: None, capsys: pytest.CaptureFixture[str]) -> None:
+    infrastructure.main(["up"])
+    said = capsys.readouterr().out
+    outputs = cloud.outputs(SETTINGS)
+    assert set(outputs) == OUTPUTS
+    assert outputs["Bucket"] == "fruits-123456789012-eu-west-3"
+    assert len(outputs["Subnets"].split(",")) == 2
+    assert all(value in said for value in outputs.values())
+    assert "CREATE_COMPLETE        fruits" in said
+
+
+def test_the_bucket_lies_in_the_region_and_is_encrypted(aws: None) -> None:
+    infrastructure.main(["up"])
+    s3, bucket = boto3.client("s3", region_name=REGION), cloud.outputs(SETTINGS)["Bucket"]
+    assert s3.get_bucket_location(Bucket=bucket)["LocationConstraint"] == REGION
+    rule = s3.get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]["Rules"][0]
+    assert rule["ApplyServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
+
+
+def test_up_again_changes_nothing(aws: None, capsys: pytest.CaptureFixture[str]) -> None:
+    infrastructure.main(["up"])
+    before = cloud.outputs(SETTINGS)
+    capsys.readouterr()
+    infrastructure.main(["up"])
+    assert capsys.readouterr().out.startswith("Stack fruits in eu-west-3 is as it should be.\n")
+    assert cloud.outputs(SETTINGS) == before
+
+
+def test_a_new_value_in_the_cluster_file_updates_the_stack(
+    aws: None, calls: list[tuple[str, dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    infrastructure.main(["up"])
+    infrastructure.up(SETTINGS | {"parameters": SETTINGS["parameters"] | {"SessionManager": "true"}})
+    assert "UPDATE_COMPLETE        fruits" in capsys.readouterr().out
+    changes = [arguments for operation, arguments in calls if operation == "CreateChangeSet"]
+    assert [change["ChangeSetType"] for change in changes] == ["CREATE", "UPDATE"]
+    assert {"ParameterKey": "SessionManager", "ParameterValue": "true"} in changes[1]["Parameters"]
+
+
+def test_a_shell_on_the_nodes_needs_two_endpoints(aws: None) -> None:
+    infrastructure.up(SETTINGS | {"parameters": SETTINGS["parameters"] | {"SessionManager": "true"}})
+    found = boto3.client("ec2", region_name=REGION).describe_vpc_endpoints()["VpcEndpoints"]
+    names = {endpoint["ServiceName"] for endpoint in found}
+    assert names == {f"com.amazonaws.{REGION}.{service}" for service in ("s3", "ssm", "ssmmessages")}
+
+
+def test_the_bucket_of_an_earlier_stack_is_taken_back_in(aws: None, calls: list[tuple[str, dict[str, Any]]]) -> None:
+    """By AWS: moto imports nothing, so that only the asking is seen."""
+    infrastructure.main(["up"])
+    (change,) = [arguments for operation, arguments in calls if operation == "CreateChangeSet"]
+    assert change["ImportExistingResources"] is True
+
+
+def test_up_looks_at_residency_before_it_sends_anything(
+    aws: None, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, dict[str, Any]]]
+) -> None:
+    def refuse(region: str, buckets: list[str]) -> None:
+        raise SystemExit(f"residency: refused {region}")
+
+    monkeypatch.setattr(residency, "require", refuse)
+    with pytest.raises(SystemExit, match="refused us-east-1"):
+        infrastructure.up(SETTINGS | {"region": "us-east-1"})
+    assert calls == []
+
+
+def test_a_refused_template_is_told_in_cloudformations_words(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        def describe_change_set(self, **arguments: str) -> dict[str, str]:
+            return {"Status": "FAILED", "StatusReason": "Parameters: [Typo] do not exist in the template"}
+
+        def delete_change_set(self, **arguments: str) -> None: ...
+
+    with pytest.raises(SystemExit, match=r"CloudFormation refuses: Parameters: \[Typo\] do not exist"):
+        infrastructure.prepared(Refusing(), {})
+
+
+class Failing:
+    """CloudFormation that cannot make a role, and takes back what it has made; it moves on at each look at the stack."""
+
+    def __init__(self) -> None:
+        self.states = ["CREATE_IN_PROGRESS", "ROLLBACK_IN_PROGRESS", "ROLLBACK_COMPLETE"]
+        self.log = [
+            ("1", "Role", "CREATE_IN_PROGRESS"),
+            ("2", "Role", "CREATE_FAILED"),
+            ("3", "fruits", "ROLLBACK_COMPLETE"),
+        ]
+        self.at = -1
+
+    def describe_stacks(self, StackName: str) -> dict[str, Any]:
+        self.at += 1
+        return {"Stacks": [{"StackId": "arn", "StackStatus": self.states[self.at]}]}
+
+    def get_paginator(self, operation: str) -> Any:
+        return self
+
+    def paginate(self, StackName: str) -> list[dict[str, Any]]:
+        happened = [
+            {"EventId": one, "LogicalResourceId": name, "ResourceStatus": status, "ResourceStatusReason": "no permission"}
+            for one, name, status in self.log[: self.at + 1]
+        ]
+        return [{"StackEvents": happened[::-1]}]
+
+
+def test_what_fails_is_printed_with_its_reason_as_it_happens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(infrastructure, "WAIT", 0)
+    assert infrastructure.follow(Failing(), "arn", set()) == "ROLLBACK_COMPLETE"
+    assert capsys.readouterr().out.splitlines() == [
+        "CREATE_FAILED          Role                         no permission",
+        "ROLLBACK_COMPLETE      fruits                       no permission",
+    ]
+
+
+def test_down_deletes_all_but_the_bucket_and_says_how_to_delete_that(aws: None, capsys: pytest.CaptureFixture[str]) -> None:
+    infrastructure.main(["up"])
+    bucket = cloud.outputs(SETTINGS)["Bucket"]
+    capsys.readouterr()
+    infrastructure.main(["down", "--yes"])
+    said = capsys.readouterr().out
+    assert f"Kept: s3://{bucket}" in said
+    assert [item["Name"] for item in boto3.client("s3", region_name=REGION).list_buckets()["Buckets"]] == [bucket]
+    ec2 = boto3.client("ec2", region_name=REGION)
+    assert not ec2.describe_vpcs(Filters=[{"Name": "cidr", "Values": ["10.20.0.0/16"]}])["Vpcs"]
+    # The command that it prints does what it says.
+    exec(said.partition('-c "')[2].rpartition('"')[0], {})
+    assert boto3.client("s3", region_name=REGION).list_buckets()["Buckets"] == []
+
+
+def test_down_lets_go_of_what_emr_has_added_to_the_network(aws: None, calls: list[tuple[str, dict[str, Any]]]) -> None:
+    infrastructure.main(["up"])
+    ec2, outputs = boto3.client("ec2", region_name=REGION), cloud.outputs(SETTINGS)
+    primary, core = outputs["PrimarySecurityGroup"], outputs["CoreSecurityGroup"]
+    for one, other in ((primary, core), (core, primary)):
+        pair = [{"GroupId": other}]
+        rule = {"IpProtocol": "tcp", "FromPort": 0, "ToPort": 65535, "UserIdGroupPairs": pair}
+        ec2.authorize_security_group_ingress(GroupId=one, IpPermissions=[rule])
+    vpc = ec2.describe_security_groups(GroupIds=[core])["SecurityGroups"][0]["VpcId"]
+    tags = [{"Key": "Name", "Value": "emr-service-vpce"}]
+    ec2.create_vpc_endpoint(
+        VpcId=vpc,
+        VpcEndpointType="Interface",
+        ServiceName=f"com.amazonaws.{REGION}.elasticmapreduce",
+        TagSpecifications=[{"ResourceType": "vpc-endpoint", "Tags": tags}],
+    )
+    infrastructure.let_go(ec2, outputs)
+    assert_let_go(ec2, primary, core)
+    calls.clear()
+    infrastructure.main(["down", "--yes"])
+    operations = [operation for operation, _ in calls]
+    assert operations.index("DescribeVpcEndpoints") < operations.index("DeleteStack"), "else the stack could not be deleted"
+
+
+def assert_let_go(ec2: Any, primary: str, core: str) -> None:
+    groups = ec2.describe_security_groups(GroupIds=[primary, core])["SecurityGroups"]
+    assert [group["IpPermissions"] for group in groups] == [[], []]
+    left = [e["ServiceName"] for e in ec2.describe_vpc_endpoints()["VpcEndpoints"] if e["State"] != "deleted"]
+    assert left == [f"com.amazonaws.{REGION}.s3"]
+
+
+def test_down_waits_for_the_cluster_to_be_given_back(aws: None) -> None:
+    infrastructure.main(["up"])
+    instances = {"KeepJobFlowAliveWhenNoSteps": True, "MasterInstanceType": "m6i.xlarge", "InstanceCount": 1}
+    emr = boto3.client("emr", region_name=REGION)
+    one = emr.run_job_flow(Name="fruits", ReleaseLabel="emr-7.13.0", Instances=instances)["JobFlowId"]
+    with pytest.raises(SystemExit, match=f"cluster {one} is up, in the network of the stack"):
+        infrastructure.main(["down", "--yes"])
+
+
+def test_down_asks_first(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    infrastructure.main(["up"])
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    with pytest.raises(SystemExit, match="nothing deleted"):
+        infrastructure.main(["down"])
+    assert set(cloud.outputs(SETTINGS)) == OUTPUTS
+
+
+def test_where_there_is_no_stack_down_says_so(aws: None, capsys: pytest.CaptureFixture[str]) -> None:
+    infrastructure.main(["down", "--yes"])
+    assert capsys.readouterr().out == "No stack 'fruits' in eu-west-3; nothing to delete.\n"
+
+
+def test_the_makefile_has_a_target_for_each_thing_to_do() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in ("cloud-setup", "wheelhouse", "cloud-up", "cloud-status", "cloud-down", "cloud-delete"):
+        assert f"\n{target}: .venv/run ## on AWS: " in makefile
