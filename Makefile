@@ -7,7 +7,8 @@ CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run report experiments bench test test-slow lint cache-info cache-clear check identity
+.PHONY: help run report experiments bench test test-slow lint cache-info cache-clear \
+  cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,24 @@ cache-info: ## what the feature cache holds, and how large it is
 
 cache-clear: ## empty the feature cache; what is wanted again is computed again
 	rm -rf $(CACHE)
+
+cloud-setup: .venv/run ## on AWS: bucket, network and roles, in the region of bootstrap/cluster.yaml; costs nothing by the hour
+	@python bootstrap/infrastructure.py up
+
+wheelhouse: .venv/run ## on AWS: Python for the nodes of a cluster; RELEASE=emr-7.13.0 for another release than the default
+	@python bootstrap/wheelhouse.py $(if $(RELEASE),--release $(RELEASE))
+
+cloud-up: .venv/run ## on AWS: rent the cluster of bootstrap/cluster.yaml; says what it costs
+	@python bootstrap/cluster.py up $(if $(RELEASE),--release $(RELEASE))
+
+cloud-status: .venv/run ## on AWS: the cluster, its nodes, what it has cost
+	@python bootstrap/cluster.py status
+
+cloud-down: .venv/run ## on AWS: give the cluster back
+	@python bootstrap/cluster.py down
+
+cloud-delete: .venv/run ## on AWS: delete what cloud-setup made, but not the bucket
+	@python bootstrap/infrastructure.py down
 
 identity: # DVC's experiments are commits, and git makes none of nobody
 	@git config user.email > /dev/null || { git config user.name "$${USER:-nobody}" && git config user.email "$${USER:-nobody}@localhost" \
