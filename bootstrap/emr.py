@@ -38,7 +38,7 @@ import cloud
 import cost
 import residency
 import runtime
-from cluster import find_cluster
+from cluster import find_cluster, job_settings, nodes
 from job import PART, Job, place_for, publish, published
 
 SECONDS = 5  # between two looks
@@ -141,12 +141,12 @@ class Cluster:
         self.emr.cancel_steps(ClusterId=self.where, StepIds=[run], StepCancellationOption="TERMINATE_PROCESS")
 
     def rate(self) -> tuple[int, float]:
-        running = [instance for instance in self._instances() if instance["Status"]["State"] == "RUNNING"]
+        running = [instance for instance in nodes(self.emr, self.where) if instance["Status"]["State"] == "RUNNING"]
         prices = cost.load()
         return sum(cost.cores(instance["InstanceType"]) for instance in running), cost.per_hour(running, prices)
 
     def bill(self, run: str) -> dict[str, Any]:
-        instances = self._instances()
+        instances = nodes(self.emr, self.where)
         times = {step["Id"]: step["Status"]["Timeline"] for step in self._steps()}
         started, ended = times[run]["StartDateTime"], times[run]["EndDateTime"]
         created = self.emr.describe_cluster(ClusterId=self.where)["Cluster"]["Status"]["Timeline"]["CreationDateTime"]
@@ -170,10 +170,6 @@ class Cluster:
         pages = self.emr.get_paginator("list_steps").paginate(ClusterId=self.where)
         return [step for page in pages for step in page["Steps"]]
 
-    def _instances(self) -> list[dict[str, Any]]:
-        pages = self.emr.get_paginator("list_instances").paginate(ClusterId=self.where)
-        return [instance for page in pages for instance in page["Instances"]]
-
 
 class Application:
     """EMR Serverless: a stage is a job run."""
@@ -187,7 +183,7 @@ class Application:
         self.where, self.role = outputs["ServerlessApplication"], outputs["ServerlessRole"]
         self.arn = self.emr.get_application(applicationId=self.where)["application"]["arn"]
         self.log_uri = f"s3://{outputs['Bucket']}/logs/serverless"
-        self.conf = settings["serverless"]
+        self.conf = job_settings(settings, outputs)
 
     def find(self, name: str) -> tuple[str, Look] | None:
         latest = max(self._runs(name), key=lambda run: run["createdAt"], default=None)
