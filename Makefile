@@ -7,7 +7,7 @@ CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run report experiments bench test test-slow lint cache-info cache-clear \
+.PHONY: help run report experiments bench test test-slow test-release lint cache-info cache-clear \
   cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
@@ -33,6 +33,9 @@ test: .venv/dev ## what takes minutes; run it before each commit
 
 test-slow: .venv/dev ## the rest: the whole pipeline, real networks, killed runs
 	@pytest -m slow
+
+test-release: .venv/dev ## the stages under the Spark of RELEASE (emr-7.13.0 unless set), whose packages it installs
+	@python tests/releases.py $(RELEASE)
 
 lint: .venv/dev ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy

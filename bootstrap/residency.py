@@ -9,6 +9,7 @@ EU, 1 if not or if it cannot be known. Region and stack are those of cluster.yam
 A server on this machine (127.0.0.1, localhost) is let be, as nothing leaves; the table says so.
 """
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -139,9 +140,14 @@ def in_the_eu(subject: str, region: str) -> Finding:
 
 def with_place(region: str) -> str:
     """The region with the name that AWS gives it, such as eu-west-2, Europe (London)."""
+    return f"{region}, {places().get(region, 'which is unknown')}{'' if region in EU else ', is not in the EU'}"
+
+
+@functools.cache
+def places() -> dict[str, str]:
+    """The name of each region that AWS has, by its code."""
     partitions = botocore.session.get_session().get_data("endpoints")["partitions"]
-    places = {name: about["description"] for partition in partitions for name, about in partition["regions"].items()}
-    return f"{region}, {places.get(region, 'which is unknown')}{'' if region in EU else ', is not in the EU'}"
+    return {name: about["description"] for partition in partitions for name, about in partition["regions"].items()}
 
 
 def local(client: Any) -> bool:
