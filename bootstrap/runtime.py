@@ -25,9 +25,11 @@ def record(job: Job, took: dict[str, Any]) -> None:
         where: local, emr or emr-serverless; cores; seconds of work; and where that costs money node_hours or vcpu_hours,
         euros, and, of what went before the work, such as the cluster's start, seconds_waited and euros_waited
     """
-    stages = json.loads(RECORD.read_text())["stages"] if RECORD.exists() else {}
-    stages[Path(job.stage).stem] = {"images": count_images([*job.inputs, job.output]), **rounded(took)}
-    text = json.dumps({"stages": dict(sorted(stages.items())), "all": sums(stages)}, indent=2)
+    name = Path(job.stage).stem
+    stages = [stage for stage in recorded() if stage["stage"] != name]
+    stages.append({"stage": name, "images": count_images([*job.inputs, job.output]), **rounded(took)})
+    # DVC shows no list among metrics: a diff of two runs has the sums, not a dozen lines for each stage.
+    text = json.dumps({"run": sums(stages), "stages": sorted(stages, key=lambda stage: stage["stage"])}, indent=2)
     partial = RECORD.with_name(f"{RECORD.name}.partial")
     RECORD.parent.mkdir(exist_ok=True)
     partial.write_text(text + "\n")
@@ -36,17 +38,20 @@ def record(job: Job, took: dict[str, Any]) -> None:
 
 def estimate(job: Job, cores: int) -> float | None:
     """Seconds of work that the stage may take on so many cores, by what it took last; None if it never ran."""
-    stages = json.loads(RECORD.read_text())["stages"] if RECORD.exists() else {}
-    last = stages.get(Path(job.stage).stem)
+    last = next((stage for stage in recorded() if stage["stage"] == Path(job.stage).stem), None)
     if not last or not last["images"]:
         return None
     return float(last["seconds"] * last["cores"] / cores * count_images(job.inputs) / last["images"])
 
 
-def sums(stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def recorded() -> list[dict[str, Any]]:
+    return list(json.loads(RECORD.read_text())["stages"]) if RECORD.exists() else []
+
+
+def sums(stages: list[dict[str, Any]]) -> dict[str, Any]:
     """Of all stages: seconds of work and what they cost; apart from it, what waiting took, as for a cluster's start."""
-    paid = [stage for stage in stages.values() if "euros" in stage]
-    total = {"seconds": sum(stage["seconds"] for stage in stages.values())}
+    paid = [stage for stage in stages if "euros" in stage]
+    total = {"seconds": sum(stage["seconds"] for stage in stages)}
     for hours in ("node_hours", "vcpu_hours"):
         if any(hours in stage for stage in paid):
             total[hours] = sum(stage.get(hours, 0) for stage in paid)

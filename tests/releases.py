@@ -51,7 +51,7 @@ def run_stages(python: Path, output: Path) -> None:
     (output / "data").symlink_to(ROOT / "data")
     for stage in SPARK_STAGES:
         command = [python, ROOT / "bootstrap/submit.py", ROOT / f"stages/{stage}.py", *PLACES[stage], *flags(PARAMS[stage])]
-        call(*command, cwd=output, FEATURE_CACHE=str(output / "cache"))
+        call(*command, cwd=output, FEATURE_CACHE=f"{output}-cache")
 
 
 def compare(here: Path, there: Path) -> None:
