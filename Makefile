@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help run report experiments bench test test-slow test-release lint cache-info cache-clear \
-  cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
+  remote residency cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,16 @@ cache-info: ## what the feature cache holds, and how large it is
 
 cache-clear: ## empty the feature cache; what is wanted again is computed again
 	rm -rf $(CACHE)
+
+remote: .venv/run ## DVC's remote on S3, to share data and results; BUCKET=name, in the EU
+	@test -n "$(BUCKET)" || { echo 'remote: say which bucket: make remote BUCKET=name'; exit 1; }
+	@python bootstrap/residency.py $(BUCKET)
+	@dvc remote add --quiet --default --force storage s3://$(BUCKET)/dvc
+	@dvc remote modify storage region $$(cd bootstrap && python -c 'import cloud; print(cloud.settings()["region"])')
+	@printf '\nSee:   .dvc/config\nNext:  dvc push\n'
+
+residency: .venv/run ## whether all data stays in the EU, as a table to file
+	@python bootstrap/residency.py
 
 cloud-setup: .venv/run ## on AWS: bucket, network and roles, in the region of bootstrap/cluster.yaml; costs nothing by the hour
 	@python bootstrap/infrastructure.py up

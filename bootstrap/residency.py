@@ -1,6 +1,6 @@
 """Refuse, before the first byte leaves, whatever would take data out of the European Union.
 
-usage: residency.py            the buckets of the stack, every remote of DVC, what computes
+usage: residency.py            the buckets of the stack and of FEATURE_CACHE, every remote of DVC, what computes
        residency.py BUCKET...  these buckets alone
 
 Prints who checked what, when, what was found and the verdict, as a table to file. The exit status is 0 if all stays in the
@@ -9,10 +9,11 @@ EU, 1 if not or if it cannot be known. Region and stack are those of cluster.yam
 A server on this machine (127.0.0.1, localhost) is let be, as nothing leaves; the table says so.
 """
 
-import functools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -20,6 +21,7 @@ import boto3
 import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.parsers import ResponseParserError
 
 import cloud
 
@@ -43,6 +45,7 @@ ACCELERATION = "must not be accelerated"
 LOCATION = "must lie in the EU"
 REPLICATION = "must not be copied elsewhere"
 REMOTE = "must be S3, or on this machine"
+ARN = "must be in the region"
 ADVICE = {
     REGION: f"Take one of {', '.join(sorted(EU))}: `region` in bootstrap/cluster.yaml, or of the remote.",
     HOST: "Unset AWS_ENDPOINT_URL and its like, endpoint_url in ~/.aws/config, endpointurl of the remote.",
@@ -50,7 +53,10 @@ ADVICE = {
     LOCATION: "Make a bucket in the region and move there what this one holds, or have its location made readable.",
     REPLICATION: "Remove the rule of replication, or have the location of its destination made readable.",
     REMOTE: "`make remote BUCKET=...` sets one on S3; `dvc remote remove NAME` takes this one away.",
+    ARN: "End it, and make it in the region.",
 }
+# What is not understood, such as the page of a proxy, is not read either.
+UNREADABLE = (ClientError, BotoCoreError, ResponseParserError)
 # How S3 says that a region, or a server, has no such thing at all.
 NOT_OFFERED = {"MethodNotAllowed", "NotImplemented", "XNotImplemented", "UnsupportedArgument", "UnsupportedOperation"}
 
@@ -67,13 +73,12 @@ class Finding(NamedTuple):
 def main(buckets: list[str]) -> int:
     settings = cloud.settings()
     region = settings["region"]
-    if buckets:
-        findings = check(region, buckets, remotes={})
-    else:
-        findings = check(region, [])
-        if all(finding.ok for finding in findings):
-            named = [value for name, value in cloud.outputs(settings).items() if name.endswith("Bucket")]
-            findings += check(region, named, remotes={})
+    findings = check(region, buckets, remotes={})
+    if not buckets and all(finding.ok for finding in findings):
+        outputs = cloud.outputs(settings)
+        computers, logs = computing(settings, outputs)
+        kept = urlsplit(os.environ.get("FEATURE_CACHE", ""))
+        findings = check(region, [outputs["Bucket"], *logs, *([kept.netloc] if kept.scheme == "s3" else [])]) + computers
     print(table(findings, region))
     return 0 if all(finding.ok for finding in findings) else 1
 
@@ -101,6 +106,23 @@ def require_arn(arn: str, region: str) -> None:
     """Go on only if what computes is in the region that was found to be right; as require."""
     if (found := arn.split(":")[3]) != region:
         raise SystemExit(f"residency: refused, and nothing was sent: {arn} is in {found}, and cluster.yaml says {region}")
+
+
+def computing(settings: dict[str, Any], outputs: Mapping[str, str]) -> tuple[list[Finding], list[str]]:
+    """Where the cluster that is up and the serverless application are, and the buckets that the cluster's logs go to."""
+    import cluster  # which imports this module
+
+    region = settings["region"]
+    arns, logs = [], []
+    emr = cloud.client("emr", region)
+    if one := cluster.find_cluster(emr, settings["cluster"]["Name"]):
+        about = emr.describe_cluster(ClusterId=one)["Cluster"]
+        arns.append(about["ClusterArn"])
+        logs = [urlsplit(about["LogUri"]).netloc] if about.get("LogUri") else []
+    if application := outputs.get("ServerlessApplication"):
+        serverless = cloud.client("emr-serverless", region)
+        arns.append(serverless.get_application(applicationId=application)["application"]["arn"])
+    return [Finding(arn.rpartition(":")[2].strip("/"), ARN, arn, arn.split(":")[3] == region) for arn in arns], logs
 
 
 def check(
@@ -143,11 +165,11 @@ def with_place(region: str) -> str:
     return f"{region}, {places().get(region, 'which is unknown')}{'' if region in EU else ', is not in the EU'}"
 
 
-@functools.cache
+@cache
 def places() -> dict[str, str]:
-    """The name of each region that AWS has, by its code."""
+    """What AWS calls its regions."""
     partitions = botocore.session.get_session().get_data("endpoints")["partitions"]
-    return {name: about["description"] for partition in partitions for name, about in partition["regions"].items()}
+    return {region: about["description"] for partition in partitions for region, about in partition["regions"].items()}
 
 
 def local(client: Any) -> bool:
@@ -161,7 +183,7 @@ def hosts(subject: str, client: Any) -> Iterator[Finding]:
     own = url.scheme == "https" and f".{url.netloc}".endswith(f".{region}.{domain}")
     found = f"{url.netloc}, this machine: nothing leaves" if local(client) else client.meta.endpoint_url
     yield Finding(subject, HOST, found, own or local(client))
-    if (client.meta.config.s3 or {}).get("use_accelerate_endpoint"):
+    if client.meta.service_model.service_name == "s3" and (client.meta.config.s3 or {}).get("use_accelerate_endpoint"):
         yield Finding(subject, ACCELERATION, "use_accelerate_endpoint is set in the configuration of AWS", False)
 
 
@@ -177,11 +199,11 @@ def stays(subject: str, bucket: str, client: Any) -> Iterator[Finding]:
     try:
         status = client.get_bucket_accelerate_configuration(Bucket=bucket).get("Status", "none")
         yield Finding(subject, ACCELERATION, status, status != "Enabled")
-    except (ClientError, BotoCoreError) as error:
+    except UNREADABLE as error:
         yield Finding(subject, ACCELERATION, *absent(error, "s3:GetAccelerateConfiguration"))
     try:
         rules = client.get_bucket_replication(Bucket=bucket)["ReplicationConfiguration"]["Rules"]
-    except (ClientError, BotoCoreError) as error:
+    except UNREADABLE as error:
         yield Finding(subject, REPLICATION, *absent(error, "s3:GetReplicationConfiguration"))
         return
     for copy in dict.fromkeys(rule["Destination"]["Bucket"].rpartition(":")[2] for rule in rules):
@@ -193,7 +215,7 @@ def location(bucket: str, client: Any) -> tuple[str, bool]:
     """Where the bucket really lies, and whether that is in the EU."""
     try:
         stated = client.get_bucket_location(Bucket=bucket)["LocationConstraint"]
-    except (ClientError, BotoCoreError) as error:
+    except UNREADABLE as error:
         return unreadable(error, "s3:GetBucketLocation"), False
     if not stated and local(client):
         return "this machine", True
@@ -255,9 +277,11 @@ def caller(region: str) -> tuple[str, str]:
     client = cloud.client("sts", region)
     if not all(finding.ok for finding in [in_the_eu("region", region), *hosts("service sts", client)]):
         return "not asked", "not asked"
+    if local(client):
+        return "none: this machine", "none: this machine"
     try:
         identity = client.get_caller_identity()
-    except (ClientError, BotoCoreError) as error:
+    except UNREADABLE as error:
         return "unknown", f"unknown ({error})"
     return identity["Account"], identity["Arn"]
 
