@@ -16,14 +16,18 @@ FEATURE_CACHE        .dvc/tmp/feature-cache unless set; the folder (or s3:// pre
 --dry_run prints the spark-submit command line; --check only looks whether this machine can run a stage.
 """
 
+import hashlib
+import importlib.util
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -31,6 +35,7 @@ from job import Job, beside, place_for, publish
 
 BOOTSTRAP = Path(__file__).resolve().parent
 TARGETS = ("local", "emr", "emr-serverless")
+LOGGING = (BOOTSTRAP / "log4j2.properties").as_uri()
 JAVA_VERSIONS = (17, 21)  # what Spark 4.0 runs on
 # Greetings of Java and of TensorFlow that no log level silences.
 NOISE = re.compile(rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f")
@@ -65,12 +70,13 @@ def run_local(job: Job, dry_run: bool) -> int:
     if dry_run:
         print(shlex.join(command))
         return 0
-    check_java()
+    java = check_java()
     if any(letter in str(Path.cwd()) for letter in "[]{}*?\\"):
         raise SystemExit(f"submit: Spark takes {Path.cwd()} for a pattern; rename the folder, without [ ] {{ }} * ? \\")
     with place_for(job) as (partial, lock):
         started = time.monotonic()
-        status = stream(command, spark_environment(os.environ), lock)
+        with class_archive(os.environ, java) as options:
+            status = stream(command, spark_environment(os.environ, options), lock)
         publish(job, partial, is_sound=status == 0)
     if status == 0:
         import runtime  # and with it pyarrow, which may not be there yet for --check
@@ -97,6 +103,7 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
     return [
         str(Path(sys.executable).with_name("spark-submit")),
         *("--master", environment.get("SPARK_MASTER", "local[*]")),
+        *("--properties-file", str(BOOTSTRAP / "spark-defaults.conf")),
         *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY", f"{memory_mb() // 4}m")),
         # The JVM only moves rows; its optimizing compiler takes half of two cores and pays after the stage has ended. Its
         # usual collector makes every store dearer so as to pause less, which nobody waits for here.
@@ -109,10 +116,12 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
     ]
 
 
-def spark_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What spark-submit and its children see: our Spark configuration, this Python, names of files in UTF-8."""
+def spark_environment(environment: Mapping[str, str], options: str = "") -> dict[str, str]:
+    """What spark-submit and its children see: options of the JVM, our logging, this Python, names of files in UTF-8."""
+    given = environment.get("SPARK_SUBMIT_OPTS", "")
     own = {
-        "SPARK_CONF_DIR": str(BOOTSTRAP),
+        "SPARK_CONF_DIR": "/nonexistent",  # it heads the class path; an archive of classes bears no folder there
+        "SPARK_SUBMIT_OPTS": f"{given} -Dlog4j2.configurationFile={LOGGING} {options}".strip(),
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
         "PYTHONUNBUFFERED": "1",
@@ -123,6 +132,41 @@ def spark_environment(environment: Mapping[str, str]) -> dict[str, str]:
     if "UTF" not in (environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "").upper():
         own["LC_ALL"] = "C.UTF-8"
     return {**environment, **own}
+
+
+@contextmanager
+def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
+    """JVM options that share an archive of Spark's classes, as loading them one by one takes seconds; the first run makes it.
+
+    It is for one Java (what it says of its version) and one Spark. The JVM itself looks whether the archive fits,
+    and does without where not.
+    """
+    spec = importlib.util.find_spec("pyspark")
+    home = environment.get("SPARK_HOME") or Path(str(spec and spec.origin)).parent
+    jars = Path(home, "jars")
+    folder = Path(environment.get("DVC_ROOT", BOOTSTRAP.parent), ".dvc").resolve()
+    # The JVM that writes it would fail with a folder in the class path, which these may add, or on a full disk.
+    refused = any(environment.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
+    if refused or not jars.is_dir() or not os.access(folder, os.W_OK) or " " in str(folder):
+        yield ""
+        return
+    (folder / "tmp").mkdir(exist_ok=True)
+    made_for = hashlib.sha256(f"{java} {jars.resolve()} {jars.stat().st_mtime_ns}".encode()).hexdigest()
+    archive = folder / "tmp" / f"classes-{made_for[:16]}.jsa"
+    partial = archive.with_suffix(f".{os.getpid()}")
+    if archive.exists():
+        yield f"-XX:SharedArchiveFile={archive} -Xlog:cds*=off"
+    elif shutil.disk_usage(folder).free < 2**30:
+        yield ""
+    else:
+        try:
+            yield f"-XX:ArchiveClassesAtExit={partial} -Xlog:cds*=off"
+            if partial.exists():
+                for other in archive.parent.glob("classes-*.jsa"):
+                    other.unlink()
+                partial.rename(archive)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def stream(command: list[str], environment: Mapping[str, str], lock: int) -> int:
@@ -173,7 +217,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def check_java() -> None:
+def check_java() -> str:
+    """What Java says of its version.
+
+    Raises
+    ------
+    SystemExit
+        there is none, or Spark does not run on it
+    """
     java = Path(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
     wanted = f"Spark needs Java {' or '.join(map(str, JAVA_VERSIONS))}"
     advice = (
@@ -186,6 +237,7 @@ def check_java() -> None:
     version = re.search(r'version "(?:1\.)?(\d+)', said)
     if not version or int(version[1]) not in JAVA_VERSIONS:
         raise SystemExit(f"submit: {wanted}, and `{java}` is: {said.splitlines()[0]}. {advice}")
+    return said
 
 
 def memory_mb() -> int:

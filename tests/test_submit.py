@@ -20,6 +20,8 @@ import submit
 from tests.conftest import ROOT
 
 SUBMIT = [sys.executable, str(ROOT / "bootstrap/submit.py")]
+# A root without .dvc: an archive of the few classes that these stages need would be of little use to the real ones.
+ENVIRONMENT = os.environ | {"SPARK_DRIVER_MEMORY": "1g", "DVC_ROOT": str(ROOT / "tests")}
 
 # A stage that writes two tables, one of them after what its second argument says.
 STAGE = """
@@ -48,7 +50,7 @@ def run(stage: Path, what: str, **environment: str) -> subprocess.CompletedProce
     return subprocess.run(
         [*SUBMIT, str(stage), "in", str(stage.parent / "out"), "--what", what],
         cwd=stage.parent,
-        env=os.environ | {"SPARK_DRIVER_MEMORY": "1g"} | environment,
+        env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
     )
@@ -56,6 +58,7 @@ def run(stage: Path, what: str, **environment: str) -> subprocess.CompletedProce
 
 def test_the_command_line_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "memory_mb", lambda: 8192)
+    monkeypatch.setattr(submit, "BOOTSTRAP", Path("/repository/bootstrap"))
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     reduce = submit.parse(["stages/reduce.py", "data/features", "data/covariance", "data/reduced", "--k", "64"])
@@ -133,6 +136,50 @@ def test_a_utf_8_locale_is_kept() -> None:
     assert "LC_ALL" not in submit.spark_environment({"LANG": "fr_FR.UTF-8"})
 
 
+@pytest.fixture
+def root(tmp_path: Path) -> dict[str, str]:
+    """The environment of a repository of DVC's."""
+    (tmp_path / ".dvc").mkdir()
+    return {"DVC_ROOT": str(tmp_path)}
+
+
+def make_archive(root: dict[str, str], java: str) -> Path:
+    with submit.class_archive(root, java) as options:
+        made = Path(options.split()[0].removeprefix("-XX:ArchiveClassesAtExit="))
+        made.write_bytes(b"classes")
+    (archive,) = made.parent.iterdir()
+    return archive
+
+
+def test_the_first_run_makes_the_archive_of_classes_that_the_next_ones_share(root: dict[str, str]) -> None:
+    archive = make_archive(root, "17.0.15")
+    with submit.class_archive(root, "17.0.15") as options:
+        assert options.split()[0] == f"-XX:SharedArchiveFile={archive}"
+
+
+def test_the_archive_of_another_java_is_replaced(root: dict[str, str]) -> None:
+    before = make_archive(root, "17.0.15")
+    assert make_archive(root, "17.0.16") != before
+
+
+def test_a_run_that_was_killed_leaves_no_part_of_an_archive(root: dict[str, str], tmp_path: Path) -> None:
+    def killed() -> None:
+        with submit.class_archive(root, "17.0.15") as options:
+            Path(options.split()[0].removeprefix("-XX:ArchiveClassesAtExit=")).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert list((tmp_path / ".dvc/tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"])
+def test_with_folders_in_the_class_path_there_is_no_archive(root: dict[str, str], name: str) -> None:
+    # Java would end with status 1 after all the work is done.
+    with submit.class_archive(root | {name: "/etc/hadoop"}, "17.0.15") as options:
+        assert options == ""
+
+
 def test_tidy_makes_equal_tables_equal_files(tmp_path: Path) -> None:
     rows = pa.table({"id": [1, 2, 3], "values": [[1.0], [2.0], [3.0]]})
     for name, metadata in (("a", {b"writer": b"Spark 4.0.2"}), ("b", {b"writer": b"Spark 3.5.6"})):
@@ -167,6 +214,21 @@ def test_a_stage_that_ends_well_is_published_whole(stage: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("state", ["made", "shared", "damaged"])
+def test_an_archive_of_classes_in_any_state_changes_no_result(stage: Path, root: dict[str, str], state: str) -> None:
+    if state != "made":
+        archive = make_archive(root, submit.check_java())
+        if state == "shared":
+            archive.unlink()
+            run(stage, "well", **root)
+    done = run(stage, "well", **root)
+    (archive,) = stage.parent.glob(".dvc/tmp/*")
+    said = [line for line in done.stdout.splitlines() if "is written" not in line]
+    size = archive.stat().st_size
+    assert (done.returncode, said, done.stderr, size > 10**7) == (0, [], "", state != "damaged")
+
+
+@pytest.mark.slow
 def test_a_stage_that_fails_leaves_its_whole_tables_under_another_name(stage: Path) -> None:
     done = run(stage, "fail")
     left = sorted(path.name for path in stage.parent.iterdir())
@@ -180,7 +242,7 @@ def test_an_interrupted_stage_ends_with_all_its_processes_and_leaves_no_output(s
     process = subprocess.Popen(
         [*SUBMIT, str(stage), "in", str(stage.parent / "out"), "--what", "hang"],
         cwd=stage.parent,
-        env=os.environ | {"SPARK_DRIVER_MEMORY": "1g"},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a job that runs in the background
