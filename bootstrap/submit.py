@@ -136,7 +136,7 @@ def spark_environment(environment: Mapping[str, str], options: str = "") -> dict
 
 @contextmanager
 def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
-    """JVM options that share an archive of Spark's classes, as loading them one by one takes seconds; the first run makes it.
+    """JVM options that share an archive of Spark's classes, which load in seconds less; the first run makes it.
 
     It is for one Java (what it says of its version) and one Spark. The JVM itself looks whether the archive fits,
     and does without where not.

@@ -11,16 +11,16 @@ numbers; no image or feature is looked at again.
 
 import argparse
 import functools
-import io
 import math
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyspark.sql import DataFrame, SparkSession
+from pyspark import TaskContext
+from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from pyspark.sql.pandas.types import to_arrow_schema
@@ -40,6 +40,7 @@ MOMENTS = T.StructType(
         T.StructField("scatter", T.BinaryType()),  # float64, little-endian, of shape (n_features, n_features)
     ]
 )
+FILES = 3  # of a block, at least: to move its sums takes as long as to make them from as many
 PARTIAL = T.StructType([T.StructField("block", T.IntegerType()), *MOMENTS.fields])
 
 
@@ -56,50 +57,46 @@ def main(argv: list[str] | None = None) -> None:
     spark = (
         SparkSession.builder.appName("covariance")
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # a row is a whole file, or a matrix
+        .config("spark.sql.files.maxPartitionBytes", 1)  # a partition is a file
         .config("spark.sql.adaptive.enabled", False)
         .getOrCreate()
     )
     files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet")
-    moments = merge_blocks(sum_blocks(files, args.max_blocks)).persist()
-    moments.write.parquet(args.output)
-    n_images = moments.agg(F.sum("n")).collect()[0][0]
-    print(f"covariance: {n_images:,} images in {moments.count()} folds")
+    written = Observation()
+    (
+        merge_blocks(sum_blocks(files, args.max_blocks))
+        .observe(written, F.sum("n").alias("images"), F.count("fold").alias("folds"))
+        .write.parquet(args.output)
+    )
+    print(f"covariance: {written.get['images']:,} images in {written.get['folds']} folds")
 
 
 def sum_blocks(files: DataFrame, max_blocks: int) -> DataFrame:
-    """PARTIAL, one row for each fold of each block of files.
+    """PARTIAL, one row for each fold of each block of files; each file is a partition.
 
-    A block is some files in a row, summed up in the order of their names, and how many follows from the number of files:
-    sums of floating-point numbers must not depend on how many cores there are. The files are read here and not by Spark,
-    which would take longer to hand the rows over one by one than to multiply them.
+    A block is some partitions in a row, summed up in their order. Spark puts larger files first, equal ones by name, and how
+    many blocks there are follows from the number of files: sums of floating-point numbers must not depend on how many cores
+    there are. The files are read here and not by Spark, which would take longer to hand the rows over one by one than to
+    multiply them.
     """
-    per_block = math.ceil(files.select("path").count() / max_blocks)
-    number = F.regexp_extract("path", r"part-(\d+)\.parquet$", 1).cast("int")
-    return (
-        files.select(F.floor(number / per_block).cast("int").alias("block"), "path", "content")
-        .repartition(max_blocks, "block")
-        .sortWithinPartitions("block", "path")
-        .mapInArrow(sum_files, PARTIAL)
-    )
+    n_blocks = min(max_blocks, math.ceil(len(files.inputFiles()) / FILES))
+    return files.select("content").coalesce(n_blocks).mapInArrow(sum_files, PARTIAL)
 
 
 def sum_files(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The moments of each block: content of files, ordered by block and name, to rows of PARTIAL."""
-    rows = (row for batch in batches for row in batch.to_pylist())
+    """The moments of a block: content of files to rows of PARTIAL."""
+    block = cast(TaskContext, TaskContext.get()).partitionId()
+    total: dict[int, Moments] = {}
     with threadpool_limits(1):
-        for block, files in groupby(rows, key=lambda row: row["block"]):
-            total: dict[int, Moments] = {}
-            for file in files:
-                table = pq.read_table(io.BytesIO(file["content"]), columns=FEATURES.names)
-                if not len(table):  # Spark writes a file for its schema where a partition is empty
-                    continue
-                fold = table["fold"].to_numpy()
-                features = to_matrix(table["features"])
-                for each in np.unique(fold):
-                    part = moments_of(features[fold == each])
-                    total[each] = merge(total[each], part) if each in total else part
-            for each, moments in total.items():
-                yield to_batch({"block": block, "fold": each}, moments, PARTIAL)
+        for content in (content for batch in batches for content in batch["content"]):
+            table = pq.read_table(pa.py_buffer(content.as_buffer()), columns=FEATURES.names, use_threads=False)
+            fold = table["fold"].to_numpy()
+            features = to_matrix(table["features"])
+            for each in np.unique(fold):
+                part = moments_of(features[fold == each])
+                total[each] = merge(total[each], part) if each in total else part
+    for each, moments in total.items():
+        yield to_batch({"block": block, "fold": each}, moments, PARTIAL)
 
 
 def merge_blocks(partial: DataFrame) -> DataFrame:
@@ -133,14 +130,15 @@ def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the rows of both (Chan, Golub and LeVeque 1979, "Updating formulae", equation 2.1)."""
     n = a.n + b.n
     shift = b.mean - a.mean
-    scatter = a.scatter + b.scatter
-    scatter += np.outer(shift, shift) * (a.n * b.n / n)
+    scatter = np.outer(shift * (a.n * b.n / n), shift)
+    scatter += a.scatter
+    scatter += b.scatter
     return Moments(n, a.mean + shift * (b.n / n), scatter)
 
 
 def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
     """A column of lists of equal length as an array of shape (n_rows, length)."""
-    return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1)
+    return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1 if len(features) else 0)
 
 
 def to_batch(keys: dict[str, int], moments: Moments, schema: T.StructType) -> pa.RecordBatch:

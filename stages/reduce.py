@@ -14,7 +14,6 @@ subtract the mean.)
 """
 
 import argparse
-import io
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -77,7 +76,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     spark = (
         SparkSession.builder.appName("reduce")
-        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # a row is a whole file
         .config("spark.sql.execution.arrow.pyspark.enabled", True)
         .config("spark.sql.adaptive.enabled", False)
         .getOrCreate()
@@ -94,43 +92,35 @@ def main(argv: list[str] | None = None) -> None:
         ("scaling", scaling, SCALING),
         ("spectrum", spectrum, SPECTRUM),
     ):
-        spark.createDataFrame(table, schema).repartition(1).sortWithinPartitions(schema.names[0]).write.parquet(
-            f"{args.output}/model/{name}"
-        )
+        spark.createDataFrame(table, schema).coalesce(1).write.parquet(f"{args.output}/model/{name}")
 
-    files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet").select("path", "content")
-    n_files = files.select("path").count()
-    (
-        project_files(files, pca.mean, pca.scale, pca.components[:k])
-        .repartition(n_files, "image_id")
-        .sortWithinPartitions("image_id", "path")
-        .write.parquet(f"{args.output}/embeddings")
-    )
+    spark.conf.set("spark.sql.files.maxPartitionBytes", 1)  # a partition is a file,
+    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # and so is a row
+    files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet")
+    project_files(files, pca.mean, pca.scale, pca.components[:k]).write.parquet(f"{args.output}/embeddings")
     kept = components["cumulative_explained_variance_ratio"].iloc[-1]
     print(f"reduce: {n:,} images from {mean.size:,} features to {k:,}, which keep {kept:.1%} of the variance")
 
 
 def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, components: np.ndarray) -> DataFrame:
-    """EMBEDDINGS, one row for each row of the files.
+    """EMBEDDINGS, one row for each row of the files, in their order.
 
     The files are read here and not by Spark, which would take longer to hand the rows over one by one than to multiply them.
     """
+    model = files.sparkSession.sparkContext.broadcast((mean, scale, components))
 
     def project_all(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         with threadpool_limits(1):
-            for batch in batches:
-                for content in batch["content"]:
-                    table = pq.read_table(io.BytesIO(content.as_py()), columns=FEATURES.names)
-                    if not len(table):  # Spark writes a file for its schema where a partition is empty
-                        continue
-                    embedding = project(to_matrix(table["features"]), mean, scale, components)
-                    offsets = np.arange(len(table) + 1, dtype=np.int32) * len(components)
-                    lists = pa.ListArray.from_arrays(offsets, embedding.ravel())
-                    yield from (
-                        table.drop_columns("features").append_column("embedding", lists).combine_chunks().to_batches()
-                    )
+            for content in (content for batch in batches for content in batch["content"]):
+                table = pq.read_table(pa.py_buffer(content.as_buffer()), columns=FEATURES.names, use_threads=False)
+                if not len(table):  # Spark writes a file for its schema where a partition is empty
+                    continue
+                embedding = project(to_matrix(table["features"]), *model.value)
+                offsets = np.arange(len(table) + 1, dtype=np.int32) * embedding.shape[1]
+                lists = pa.ListArray.from_arrays(offsets, embedding.ravel())
+                yield from table.drop_columns("features").append_column("embedding", lists).combine_chunks().to_batches()
 
-    return files.mapInArrow(project_all, EMBEDDINGS)
+    return files.select("content").mapInArrow(project_all, EMBEDDINGS)
 
 
 def total_moments(folds: list[Row]) -> tuple[int, np.ndarray, np.ndarray]:
@@ -160,7 +150,10 @@ def fit(n: int, mean: np.ndarray, scatter: np.ndarray, scale: str) -> PCA:
         raise SystemExit(f"reduce: {n} image; a covariance needs at least 2")
     deviation = np.sqrt(np.diag(scatter) / (n - 1))
     divisor = np.where(deviation > 0, deviation, 1.0) if scale == "standard" else np.ones_like(mean)
-    variance, vectors = np.linalg.eigh(scatter / np.outer(divisor, divisor) / (n - 1))
+    covariance = scatter / (n - 1)
+    if scale == "standard":
+        covariance /= np.outer(divisor, divisor)
+    variance, vectors = np.linalg.eigh(covariance)
     variance = np.clip(variance[::-1], 0.0, None)
     rank = min(n - 1, int(np.sum(variance > variance[0] * mean.size * np.finfo(np.float64).eps)))
     return PCA(mean, divisor, fix_signs(vectors.T[::-1]), variance, rank)

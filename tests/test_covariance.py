@@ -82,14 +82,25 @@ def assert_moments(actual: dict[int, Row], files: list[Rows]) -> None:
         assert_same(parse(row), oracle(features[fold == each]))
 
 
-@pytest.fixture
-def own_settings(spark: SparkSession) -> Iterator[None]:
-    """Spark's settings as they were, after a stage's main has set its own."""
-    names = ("spark.app.name", "spark.sql.execution.arrow.maxRecordsPerBatch", "spark.sql.adaptive.enabled")
-    before = {name: spark.conf.get(name) for name in names}
+@pytest.fixture(autouse=True)
+def own_settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A partition for each file; and Spark's settings as they were, after a stage's main has set its own."""
+    if "spark" not in request.fixturenames:
+        yield
+        return
+    spark = request.getfixturevalue("spark")
+    names = (
+        "spark.app.name",
+        "spark.sql.execution.arrow.maxRecordsPerBatch",
+        "spark.sql.files.maxPartitionBytes",
+        "spark.sql.adaptive.enabled",
+        "spark.sql.leafNodeDefaultParallelism",
+    )
+    before = {name: spark.conf.get(name, None) for name in names}
+    spark.conf.set("spark.sql.files.maxPartitionBytes", 1)
     yield
     for name, value in before.items():
-        spark.conf.set(name, value)
+        spark.conf.unset(name) if value is None else spark.conf.set(name, value)
 
 
 @pytest.mark.parametrize("n", [2, 3, 500])
@@ -198,12 +209,18 @@ def test_a_file_without_rows_adds_nothing(spark: SparkSession, tmp_path: Path) -
     assert_moments(run(read(spark, write(tmp_path / "features", files)), max_blocks=3), files)
 
 
-def test_neither_partitions_nor_order_of_the_files_change_a_byte(spark: SparkSession, tmp_path: Path) -> None:
-    files = [random_rows(12, seed) for seed in range(7)]
-    listed = read(spark, write(tmp_path / "features", files))
-    expected = run(listed, max_blocks=3)
-    for shuffled in (listed.coalesce(1), listed.repartition(5), listed.orderBy("path", ascending=False)):
-        assert run(shuffled, max_blocks=3) == expected
+def test_the_number_of_cores_changes_no_byte(spark: SparkSession, tmp_path: Path) -> None:
+    folder = write(tmp_path / "features", [random_rows(12 + seed % 3, seed) for seed in range(7)])
+    found = []
+    for n_cores in (1, 2, 7):  # as Spark takes them into account when it divides files among partitions
+        spark.conf.set("spark.sql.leafNodeDefaultParallelism", n_cores)
+        found.append(run(read(spark, folder), max_blocks=3))
+    assert found[1:] == found[:1] * 2
+
+
+def test_a_block_has_three_files_or_more(spark: SparkSession, tmp_path: Path) -> None:
+    files = read(spark, write(tmp_path / "features", [random_rows(6, seed) for seed in range(6)]))
+    assert covariance.sum_blocks(files, 16).select("block").distinct().count() == 2
 
 
 def test_there_are_no_more_blocks_than_asked_for(spark: SparkSession, tmp_path: Path) -> None:
@@ -212,7 +229,6 @@ def test_there_are_no_more_blocks_than_asked_for(spark: SparkSession, tmp_path: 
     assert sorted(row["block"] for row in blocks) == [0, 1, 2]
 
 
-@pytest.mark.usefixtures("own_settings")
 def test_main_writes_one_row_of_moments_for_each_fold(spark: SparkSession, tmp_path: Path) -> None:
     files = [random_rows(10, seed) for seed in range(3)]
     folder, output = write(tmp_path / "features", files), str(tmp_path / "covariance")

@@ -102,6 +102,7 @@ def own_settings(spark: SparkSession) -> Iterator[None]:
         "spark.app.name",
         "spark.sql.execution.arrow.maxRecordsPerBatch",
         "spark.sql.execution.arrow.pyspark.enabled",
+        "spark.sql.files.maxPartitionBytes",
         "spark.sql.adaptive.enabled",
     )
     before = {name: spark.conf.get(name) for name in names}
