@@ -1,8 +1,8 @@
 """evaluate: what the reduction costs, told by tests that do not flatter.
 
-usage: evaluate.py INGESTED FEATURES COVARIANCE REDUCED OUTPUT --max_images 12000 --curve 2 4 8 16
+usage: evaluate.py INGESTED FEATURES COVARIANCE BASELINE REDUCED OUTPUT --curve 2 4 8 16
 
-reads   INGESTED/images, INGESTED/quarantine, FEATURES, COVARIANCE, REDUCED
+reads   INGESTED/quarantine, FEATURES, COVARIANCE, BASELINE, REDUCED
 writes  OUTPUT/metrics.json     counts, explained variance, accuracies
         OUTPUT/summary.txt      the same for people
         OUTPUT/spectrum.csv     component, explained_variance_ratio, cumulative_explained_variance_ratio
@@ -21,7 +21,7 @@ embedding stand that of the full feature space and that of 16 x 16 raw pixels, t
 is told by a bootstrap over groups (Efron and Tibshirani 1993, "An introduction to the bootstrap", 8.5): were the images of
 a group drawn one by one, as if each were news, the interval would be far too narrow.
 
-Runs without Spark, in bounded memory: counts come from all images, accuracies from max_images of them, chosen by SHA-256.
+Runs without Spark, in bounded memory: counts come from all images, accuracies from those of BASELINE.
 """
 
 import argparse
@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     is_scaled = bool((read(f"{args.reduced}/model/scaling")["scale"] != 1).any())
     images = read(args.features, ["image_id", "label", "group"])
     moments = read_moments(args.covariance)
-    sample, spaces = read_sample(args.ingested, args.features, len(images), args.max_images)
+    sample, features = read_sample(args.baseline, args.features)
 
     # One thread for each fold, and one of BLAS in it: the last bits of a result depend on the number of BLAS's threads.
-    steps = tqdm(total=2 * 2 * len(SPACES), desc="evaluate", disable=None)  # on a terminal only
+    steps = tqdm(total=2 * 3, desc="evaluate", disable=None)  # on a terminal only
     with threadpool_limits(1), ThreadPoolExecutor() as pool, steps:
-        both = pool.map(lambda fold: evaluate_fold(sample, spaces, moments, fold, k, args.curve, is_scaled, steps), (0, 1))
+        both = pool.map(lambda fold: evaluate_fold(sample, features, moments, fold, k, args.curve, is_scaled, steps), (0, 1))
         folds = [fold for fold in both if fold]
 
     metrics: dict[str, Any] = {
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate_fold(
     sample: pd.DataFrame,
-    spaces: dict[str, np.ndarray],
+    features: np.ndarray,
     moments: dict[int, Moments],
     test_fold: int,
     k: int,
@@ -143,34 +143,33 @@ def evaluate_fold(
     ks = sorted({*(each for each in curve if each <= len(basis.components)), k})
     largest = basis._replace(components=basis.components[: ks[-1]])
 
-    split = {space: (rows[is_train], rows[is_test]) for space, rows in spaces.items()}
-    embedding = (project(split["features"][0], largest), project(split["features"][1], largest))
     train, test = sample[is_train], sample[is_test]
+    embedding = (project(features[is_train], largest), project(features[is_test], largest))
+    steps.update()
     labels, truth = train["label"].to_numpy(), test["label"].to_numpy()
     by_k = nearest(*embedding, ks)
     steps.update()
-    predicted = {"embedding": labels[by_k[k]]}
-    for space, rows in split.items():
-        predicted[space] = labels[nearest(*rows)]
-        steps.update()
-    probes = {}
-    for space, rows in {"embedding": (embedding[0][:, :k], embedding[1][:, :k]), **split}.items():
-        probes[space] = linear_probe(*rows, labels, truth)
-        steps.update()
-    accuracy = {space: float(np.mean(each == truth)) for space, each in predicted.items()}
+    probe = linear_probe(embedding[0][:, :k], embedding[1][:, :k], labels)
+    steps.update()
+    accuracy, probes = (
+        {"embedding": float(np.mean(predicted == truth))}
+        | {space: float(np.mean(test[f"{space}_{score}"] == truth)) for space in SPACES[1:]}
+        for score, predicted in (("nearest_neighbour", labels[by_k[k]]), ("linear_probe", probe))
+    )
     return {
         "held_out_error": held_out_error(moments[test_fold], basis, k),
         "nearest_neighbour": accuracy,
         "linear_probe": probes,
         "curve": pd.DataFrame([{"k": each, **accuracy, "embedding": np.mean(labels[by_k[each]] == truth)} for each in ks]),
         "hits": pd.DataFrame(
-            {each: labels[by_k[each]] == truth for each in ks} | {"features": predicted["features"] == truth}
+            {each: labels[by_k[each]] == truth for each in ks}
+            | {"features": test["features_nearest_neighbour"].to_numpy() == truth}
         ).assign(group=test["group"].to_numpy()),
         "predictions": pd.DataFrame(
             {
                 "path": test["path"],
                 "label": truth,
-                "predicted": predicted["embedding"],
+                "predicted": labels[by_k[k]],
                 "nearest": train["path"].to_numpy()[by_k[k]],
             }
         ),
@@ -200,25 +199,22 @@ def held_out_error(test: Moments, basis: Basis, k: int) -> float:
     return float(1 - kept / np.trace(about))
 
 
-def nearest(train: np.ndarray, test: np.ndarray, ks: list[int] | None = None) -> Any:
-    """Each test row's nearest training row (Euclidean).
+def nearest(train: np.ndarray, test: np.ndarray, ks: list[int]) -> dict[int, np.ndarray]:
+    """Number of each test row's nearest training row (Euclidean) by the first k columns, for each k (rising).
 
     Returns
     -------
-    numbers of training rows, array of shape (n_test,); where ks is given (rising), a dict of such an array for the first k
-    columns, for each k
+    array of shape (n_test,) by k
     """
-    widths = ks or [train.shape[1]]
-    rows: dict[int, list[np.ndarray]] = {width: [] for width in widths}
+    rows: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     for start in range(0, len(test), ROWS):
         some = test[start : start + ROWS]
         distance = np.zeros((len(some), len(train)), np.float32)
-        for done, width in zip([0, *widths], widths, strict=False):  # distances add up over columns
-            columns = slice(done, width)
+        for done, k in zip([0, *ks], ks, strict=False):  # distances add up over columns
+            columns = slice(done, k)
             distance += (train[:, columns] ** 2).sum(axis=1) - 2 * some[:, columns] @ train[:, columns].T
-            rows[width].append(distance.argmin(axis=1))
-    by_width = {width: np.concatenate(parts) for width, parts in rows.items()}
-    return by_width if ks else by_width[widths[0]]
+            rows[k].append(distance.argmin(axis=1))
+    return {k: np.concatenate(parts) for k, parts in rows.items()}
 
 
 def losses(folds: list[pd.DataFrame]) -> pd.DataFrame:
@@ -265,38 +261,25 @@ def confusion(predictions: pd.DataFrame) -> pd.DataFrame:
     return cells[cells["label"].isin(labels) & cells["predicted"].isin(labels)]
 
 
-def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, truth: np.ndarray) -> float:
-    """Accuracy of logistic regression, scaled so that one penalty suits spaces of any unit."""
+def linear_probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Labels of the test rows by logistic regression, scaled so that one penalty suits spaces of any unit."""
     if len(set(labels)) < 2:
-        return float(np.mean(truth == labels[0]))
+        return np.full(len(test), labels[0])
     mean = train.mean(axis=0)
     spread = np.sqrt(((train - mean) ** 2).sum(axis=1).mean()) or 1.0
     probe = LogisticRegression(C=100.0, max_iter=500).fit((train - mean) / spread, labels)
-    return float(probe.score((test - mean) / spread, truth))
+    return probe.predict((test - mean) / spread)
 
 
-def read_sample(
-    ingested: str, features_folder: str, n_images: int, max_images: int
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """About max_images distinct images, chosen by SHA-256.
-
-    Returns
-    -------
-    image_id, path, label, group, fold, a row an image; and its rows in the spaces features and pixels, float32 arrays of
-    shapes (n_images, n_features) and (n_images, 768)
-    """
-    chosen = of_share(max_images / max(n_images, 1))
-    table = ds.dataset(features_folder, format="parquet").to_table(
-        ["image_id", "path", "label", "group", "fold", "features"], filter=chosen
-    )
-    # One row for each distinct image: with a copy of it in the other fold, a nearest neighbour proves nothing.
-    rows = table.drop_columns("features").to_pandas().sort_values(["image_id", "path"]).drop_duplicates("image_id")
-    thumbnails = ds.dataset(f"{ingested}/images", format="parquet").to_table(["image_id", "thumbnail"], filter=chosen)
-    first = pd.Series(range(len(thumbnails)), thumbnails["image_id"].to_pylist()).groupby(level=0).first()
+def read_sample(baseline: str, features_folder: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """The rows of BASELINE, and their features, a float32 array of shape (n_images, n_features)."""
+    sample = read(baseline)
+    # The sample is all images up to some SHA-256.
+    chosen = pc.field("image_id") <= (sample["image_id"].max() if len(sample) else "")
+    table = ds.dataset(features_folder, format="parquet").to_table(["image_id", "features"], filter=chosen)
     features = to_matrix(table["features"].combine_chunks().flatten().to_numpy(), len(table))
-    pixels = to_matrix(np.frombuffer(b"".join(thumbnails["thumbnail"].to_pylist()), np.uint8), len(thumbnails))
-    spaces = {"features": features[rows.index], "pixels": pixels[first[rows["image_id"]]].astype(np.float32)}
-    return rows.reset_index(drop=True), spaces
+    first = pd.Series(range(len(table)), table["image_id"].to_pylist()).groupby(level=0).first()
+    return sample, features[first[sample["image_id"]]]
 
 
 def to_matrix(values: np.ndarray, n_rows: int) -> np.ndarray:
@@ -390,9 +373,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("ingested")
     parser.add_argument("features")
     parser.add_argument("covariance")
+    parser.add_argument("baseline")
     parser.add_argument("reduced")
     parser.add_argument("output")
-    parser.add_argument("--max_images", type=positive, required=True, help="images tested, about, at most")
     parser.add_argument("--curve", type=positive, nargs="+", required=True, help="k, for the curve of accuracy")
     return parser.parse_args(argv)
 
