@@ -235,7 +235,64 @@ def freeze(network: keras.Model, scaling: Scaling, image_size: int) -> bytes:
         return tf.identity(network(scaling(tf.cast(pixels, tf.float32)), training=False), name="features")
 
     frozen = convert_variables_to_constants_v2(forward.get_concrete_function())
-    return frozen.graph.as_graph_def().SerializeToString(deterministic=True)
+    return fold(frozen.graph).SerializeToString(deterministic=True)
+
+
+def fold(graph: tf.Graph) -> tf.compat.v1.GraphDef:
+    """The same function from `pixels` to `features`, in the form that TensorFlow's optimizer fuses into few operations.
+
+    Keras writes a batch normalization as a product and a sum, each a pass over memory: after a convolution they become its
+    kernel and its bias. The sum of two feature maps becomes an AddN, for an AddV2, which might broadcast, is not fused with
+    the convolution before it and the activation after it.
+    """
+    folded = graph.as_graph_def()
+    nodes = {node.name: node for node in folded.node}
+    convolutions: dict[str, Any] = {}  # by the sum that ends their normalization
+    norms: dict[str, dict[str, tf.Tensor]] = {}
+    for add in graph.get_operations():
+        if add.type == "AddV2" and add.inputs[0].shape.rank == 4:
+            if add.inputs[0].shape.as_list() == add.inputs[1].shape.as_list():
+                nodes[add.name].op = "AddN"
+                nodes[add.name].attr["N"].i = 2
+            elif (found := normalized_convolution(add)) is not None:
+                convolutions[add.name], norms[add.name] = nodes[found[0]], found[1]
+    with tf.compat.v1.Session(graph=graph) as session:
+        values = session.run(norms)
+
+    def constant(name: str, value: np.ndarray) -> str:
+        node = folded.node.add(name=name, op="Const")
+        node.attr["dtype"].type = tf.float32.as_datatype_enum
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
+        return name
+
+    for name, value in values.items():
+        convolution = convolutions[name]
+        kernel, scale = value["kernel"], value["scale"].ravel()
+        # A depthwise kernel is (height, width, channels, multiplier), and channels x multiplier come out.
+        outputs = kernel.shape[2:] if convolution.op == "DepthwiseConv2dNative" else scale.shape
+        convolution.input[1] = constant(f"{name}/kernel", kernel * scale.reshape(outputs))
+        nodes[name].op = "BiasAdd"
+        bias = constant(f"{name}/bias", value.get("bias", np.float32(0)) * scale + value["offset"].ravel())
+        nodes[name].input[:] = [convolution.name, bias]
+    return tf.compat.v1.graph_util.extract_sub_graph(folded, ["features"])
+
+
+def normalized_convolution(add: tf.Operation) -> tuple[str, dict[str, tf.Tensor]] | None:
+    """The name and the constants of `(convolution + bias) x scale + offset`, if the sum is that; bias may be missing."""
+    scaled, offset = add.inputs
+    if scaled.op.type != "Mul":
+        return None
+    convolved, scale = scaled.op.inputs
+    constants = {"scale": scale, "offset": offset}
+    passed = [scaled, convolved]
+    if convolved.op.type == "BiasAdd":
+        convolved, constants["bias"] = convolved.op.inputs
+        passed.append(convolved)
+    if convolved.op.type not in ("Conv2D", "DepthwiseConv2dNative") or any(len(each.consumers()) > 1 for each in passed):
+        return None
+    constants["kernel"] = convolved.op.inputs[1]
+    # What depends on the images has their unknown number in its shape.
+    return (convolved.op.name, constants) if all(each.shape.is_fully_defined() for each in constants.values()) else None
 
 
 def sha256(parts: Iterable[Any]) -> str:

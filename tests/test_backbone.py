@@ -239,6 +239,54 @@ def test_features_of_an_image_do_not_depend_on_its_neighbours(lite0_graph: bytes
     assert_same_features(features_of(lite0_graph, pixels), each)
 
 
+@pytest.fixture(scope="module")
+def small() -> tuple[keras.Model, Callable[[np.ndarray], np.ndarray]]:
+    """A network with each kind of normalization and sum that folding may meet, of random weights."""
+
+    def normed(x: Any, name: str) -> Any:
+        return keras.layers.BatchNormalization(name=name)(x)
+
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    stem = normed(keras.layers.Conv2D(6, 3, padding="same", name="biased")(inputs), "after_a_bias")
+    deep = keras.layers.DepthwiseConv2D(3, padding="same", depth_multiplier=2, use_bias=False)(keras.layers.ReLU()(stem))
+    deep = keras.layers.ReLU()(normed(deep, "after_a_depthwise"))
+    shared = keras.layers.Conv2D(6, 1, use_bias=False, name="shared")(deep)
+    summed = keras.layers.Add(name="residual")([normed(shared, "after_what_others_need"), shared])
+    gate = keras.layers.Reshape((1, 1, 6))(keras.layers.GlobalAveragePooling2D()(summed))
+    gated = keras.layers.Multiply()([keras.layers.Conv2D(6, 1, name="gated")(summed), gate])
+    alone = normed(keras.layers.Add()([gated, gate]), "after_a_sum")
+    network = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(alone))
+    random = np.random.default_rng(0)
+    network.set_weights([random.uniform(0.5, 1.5, weight.shape) for weight in network.get_weights()])
+    return network, lambda pixels: network.predict(pixels.astype(np.float32), verbose=0)
+
+
+def test_folding_leaves_features_those_of_plain_keras(small: Any) -> None:
+    network, predict = small
+    graph = backbone.freeze(network, lambda pixels: pixels, 8)
+    assert_same_features(features_of(graph, random_pixels(4, 8)), predict(random_pixels(4, 8)))
+
+
+def test_a_normalization_is_folded_where_it_alone_follows_a_convolution(small: Any) -> None:
+    graph = tf.compat.v1.GraphDef.FromString(backbone.freeze(small[0], lambda pixels: pixels, 8))
+    left = {node.name.split("/")[1] for node in graph.node if node.op == "Mul" and "batchnorm" in node.name}
+    assert {name.removesuffix("_1") for name in left} == {"after_what_others_need", "after_a_sum"}
+
+
+def test_only_sums_of_feature_maps_are_fused(small: Any) -> None:
+    graph = tf.compat.v1.GraphDef.FromString(backbone.freeze(small[0], lambda pixels: pixels, 8))
+    assert [node.name.split("/")[1] for node in graph.node if node.op == "AddN"] == ["residual_1"]
+
+
+@pytest.mark.slow  # a network of 53 convolutions
+def test_all_of_resnet50_but_its_scaling_is_in_its_convolutions() -> None:
+    network, scaling = backbone.build("resnet50", 32)
+    graph = tf.compat.v1.GraphDef.FromString(backbone.freeze(network, scaling, 32))
+    counts = collections.Counter(node.op for node in graph.node)
+    assert [counts[op] for op in ("Conv2D", "BiasAdd", "AddN", "Mul", "AddV2")] == [53, 53, 16, 0, 1]
+
+
 def test_the_graph_is_the_same_to_the_byte_whatever_was_built_before(lite0_graph: bytes) -> None:
     plain("mobilenet", 32)
     network, scaling = backbone.build(backbone.LITE0, 64)
