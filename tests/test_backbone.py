@@ -259,12 +259,12 @@ def small() -> tuple[keras.Model, Callable[[np.ndarray], np.ndarray]]:
     network = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(alone))
     random = np.random.default_rng(0)
     network.set_weights([random.uniform(0.5, 1.5, weight.shape) for weight in network.get_weights()])
-    return network, lambda pixels: network.predict(pixels.astype(np.float32), verbose=0)
+    return network, lambda pixels: network.predict(pixels / np.float32(255), verbose=0)
 
 
 def test_folding_leaves_features_those_of_plain_keras(small: Any) -> None:
     network, predict = small
-    graph = backbone.freeze(network, lambda pixels: pixels, 8)
+    graph = backbone.freeze(network, lambda pixels: pixels / 255.0, 8)
     assert_same_features(features_of(graph, random_pixels(4, 8)), predict(random_pixels(4, 8)))
 
 
