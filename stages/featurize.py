@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from typing import Any
@@ -146,9 +146,10 @@ def forward(
     def compute(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         task = TaskContext.get()
         n_threads = task.cpus() if task else 1
+        gpus = task.resources()["gpu"].addresses if task and "gpu" in task.resources() else []
         # Spark unpickles this function for each task, but a broadcast value only once in a worker's life.
         if "forward" not in network.value:
-            network.value["forward"] = load(network.value["graph"], precision, n_threads)
+            network.value["forward"] = load(network.value["graph"], precision, n_threads, gpus)
             del network.value["graph"]
         for batch in batches:
             pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
@@ -163,16 +164,32 @@ def forward(
     return images.mapInArrow(compute, COMPUTED)
 
 
-def load(graph: bytes, precision: str, n_threads: int) -> Callable[[np.ndarray], np.ndarray]:
+def load(graph: bytes, precision: str, n_threads: int, gpus: Sequence[str] = ()) -> Callable[[np.ndarray], np.ndarray]:
     """The backbone as a function: pixels, uint8 (n, size, size, 3) -> features, float32 (n, n_features)."""
     import tensorflow as tf  # slow to import, and only workers need it
 
-    config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=n_threads, inter_op_parallelism_threads=1)
-    # On a frozen graph this is faster than Keras's mixed_bfloat16 policy, which gains nothing on a CPU.
-    config.graph_options.rewrite_options.auto_mixed_precision_onednn_bfloat16 = int(precision == "bfloat16")
+    if gpus:
+        tf.config.experimental.enable_op_determinism()
+        tf.config.experimental.enable_tensor_float_32_execution(False)  # float32 is what it says
     with tf.Graph().as_default() as frozen:
         tf.import_graph_def(tf.compat.v1.GraphDef.FromString(graph), name="")
-    return tf.compat.v1.Session(graph=frozen, config=config).make_callable("features:0", ["pixels:0"])
+    session = tf.compat.v1.Session(graph=frozen, config=settings(precision, n_threads, gpus))
+    return session.make_callable("features:0", ["pixels:0"])
+
+
+def settings(precision: str, n_threads: int, gpus: Sequence[str]) -> Any:
+    """TensorFlow's, for a task that has those GPUs to itself: no other is seen, for it might be another task's."""
+    import tensorflow as tf
+
+    config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=n_threads, inter_op_parallelism_threads=1)
+    config.device_count["GPU"] = len(gpus)
+    config.gpu_options.visible_device_list = ",".join(gpus)
+    config.gpu_options.allow_growth = True
+    # On a frozen graph this is faster than Keras's mixed_bfloat16 policy, which gains nothing on a CPU. A GPU has its own,
+    # in which the half is float16.
+    half = "auto_mixed_precision" if gpus else "auto_mixed_precision_onednn_bfloat16"
+    setattr(config.graph_options.rewrite_options, half, int(precision == "bfloat16"))
+    return config
 
 
 def to_pixels(content: bytes, image_size: int) -> np.ndarray:
@@ -187,7 +204,7 @@ def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> st
         "graph": backbone["graph_sha256"],
         "batch_size": batch_size,
         "precision": precision,
-        "code": [inspect.getsource(function) for function in (to_pixels, load)],
+        "code": [inspect.getsource(function) for function in (to_pixels, load, settings)],
         "versions": [f"{name} {each.version}" for name in LIBRARIES for each in distributions(name=name)],
     }
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]

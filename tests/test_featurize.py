@@ -119,6 +119,28 @@ def test_resizing_is_the_bicubic_one_of_tensorflow(size: tuple[int, int]) -> Non
     np.testing.assert_allclose(featurize.to_pixels(file.getvalue(), SIZE), exact, atol=1.5)
 
 
+# Where it runs
+
+
+def test_a_task_sees_the_gpu_that_it_was_given_and_takes_its_memory_as_needed() -> None:
+    config = featurize.settings("float32", 2, ["1"])
+    assert (config.device_count["GPU"], config.gpu_options.visible_device_list) == (1, "1")
+    assert config.gpu_options.allow_growth
+
+
+def test_a_task_that_was_given_no_gpu_sees_none() -> None:
+    assert featurize.settings("float32", 1, []).device_count["GPU"] == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpus", "expected"),
+    [("float32", [], (0, 0)), ("float32", ["0"], (0, 0)), ("bfloat16", [], (0, 1)), ("bfloat16", ["0"], (1, 0))],
+)
+def test_half_precision_is_that_of_the_device(precision: str, gpus: list[str], expected: tuple[int, int]) -> None:
+    options = featurize.settings(precision, 1, gpus).graph_options.rewrite_options
+    assert (options.auto_mixed_precision, options.auto_mixed_precision_onednn_bfloat16) == expected
+
+
 # Features
 
 
