@@ -1,14 +1,18 @@
-"""The pipeline against published scripts, against the bare network, and against other PCAs, on the machine that it runs on.
+"""The pipeline against published scripts, the bare network and other PCAs, and as images, rows and executors grow.
 
-usage: bench.py IMAGES [--n_rounds 2] [--only whole limit pca]
+usage: bench.py IMAGES [--n_rounds N] [--only whole limit pca growth executors]
 
-IMAGES is a folder of JPEGs, a folder for each label. Both sides of a comparison run in turn, n_rounds times; let nothing
-else run meanwhile. Writes benchmarks/results.json, a section at a time, and from it the tables of docs/performance.md.
+IMAGES is a folder of JPEGs, a folder for each label. Both sides of a comparison run in turn, as many rounds as the section
+has (ROUNDS); let nothing else run meanwhile. Writes benchmarks/results.json, a section at a time, and from it the tables of
+docs/performance.md.
 
-whole  a clone of this repository and `dvc`, as a user has them, on all IMAGES with ResNet50 (random weights), and what the
-       user may wish next; benchmarks/field.py on two small parts, which give its seconds for the start and for each image
-limit  benchmarks/bare.py, and the stage featurize on the same number of images, start-up apart
-pca    covariance and reduce, benchmarks/field.py and scikit-learn in memory, on 22,688 rows of 2,048 random features
+whole      a clone of this repository and `dvc`, as a user has them, on all IMAGES with ResNet50 (random weights), and what
+           the user may wish next; benchmarks/field.py on two small parts, which give its seconds for the start and for each
+limit      benchmarks/bare.py, and the stage featurize on the same number of images, start-up apart
+pca        covariance and reduce, benchmarks/field.py and scikit-learn in memory, on 22,688 rows of 2,048 random features
+growth     the whole by `dvc` from 1,000 to 20,000 images, ingest of up to 100,000 files, covariance and reduce of up to
+           1,000,000 rows of 256 features: seconds, and the memory of the driver, the JVM and the workers
+executors  featurize with one executor of one core, and with two
 """
 
 import argparse
@@ -19,15 +23,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bootstrap")]
@@ -37,15 +45,22 @@ from submit import memory_mb  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 PRECISION = "bfloat16"
-PARTS = (160, 640)  # images that the field's script is timed on
-N_LIMIT = 1000  # images of the bare loop
+PARTS = (80, 400)  # images that the field's script is timed on
+N_LIMIT = 2_000  # images of the bare loop, and of an executor
+GFLOP = 7.74  # of ResNet50 for an image of 224 x 224 pixels: two for each of its 3.87 billion products
 N_ROWS, N_FEATURES, K = 22_688, 2_048, 50
+GROWTH = {"photographs": (1_000, 20_000), "files": (10_000, 100_000), "rows": (10_000, 100_000, 1_000_000)}
+N_FEATURES_OF_ROWS = 256  # a million rows of 1,280 are 5 GB
+ROUNDS = {"whole": 2, "limit": 2, "pca": 1, "growth": 1, "executors": 2}
+FIELD = {"field, nothing cached": [], "field, features written first": ["--materialise"]}
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     **{f"GIT_{who}_{what}": "bench@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
 }
+DVC = (sys.executable, "-m", "dvc")
 
 Seconds = dict[str, list[float]]
 
@@ -54,131 +69,227 @@ def main() -> None:
     args = parse_args()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in args.only:
+        n_rounds = args.n_rounds or ROUNDS[name]
         with tempfile.TemporaryDirectory() as folder:
-            measured = SECTIONS[name](args.images, Path(folder), args.n_rounds)
-        results[name] = {"machine": machine(), "rounds": args.n_rounds, **measured}
+            measured = SECTIONS[name](args.images, Path(folder), n_rounds)
+        results[name] = {"machine": machine(), "rounds": n_rounds, **measured}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    text = PAGE.read_text()
-    for name, section in results.items():
-        before, rest = text.split(f"<!-- {name} -->\n")
+    # Figures of two processors do not belong on one page.
+    results = {name: section for name, section in results.items() if section["machine"] == machine()}
+    texts = {name: tables(section) for name, section in results.items()} | {"goals": goals(results)}
+    page = PAGE.read_text()
+    for name, text in texts.items():
+        before, rest = page.split(f"<!-- {name} -->\n")
         _, after = rest.split("<!-- end -->", 1)
-        text = f"{before}<!-- {name} -->\n{table(section['seconds'])}<!-- end -->{after}"
-    PAGE.write_text(text)
+        page = f"{before}<!-- {name} -->\n{text}<!-- end -->{after}"
+    PAGE.write_text(page)
 
 
 def whole(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
     paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     n_more = len(paths) // 100
+    n_images = len(paths) - n_more
     for n in PARTS:
         copy_images(paths[:: len(paths) // n][:n], images, folder / f"part-{n}")
     save_resnet50(folder / "resnet50.weights.h5")
+    chosen = {
+        "images": "data/photos",
+        "backbone.name": "resnet50",
+        "backbone.weights": "resnet50.weights.h5",
+        "featurize.precision": PRECISION,
+    }
     seconds: Seconds = {}
-    passes: dict[str, list[int]] = {}
+    passes: dict[str, dict[int, int]] = {name: {} for name in FIELD}
     for i in range(n_rounds):
-        clone = folder / f"clone-{i}"
-        run("git", "clone", "-q", ROOT, clone)
+        clone = make_clone(folder / f"clone-{i}")
         shutil.copy(folder / "resnet50.weights.h5", clone / "data/weights")
         copy_images(paths[n_more:], images, clone / "data/photos")
-        chosen = {
-            "images": "data/photos",
-            "backbone.name": "resnet50",
-            "backbone.weights": "resnet50.weights.h5",
-            "featurize.precision": PRECISION,
-        }
-        dvc = [sys.executable, "-m", "dvc"]
-        timed(seconds, "dvc add", *dvc, "add", "-q", "data/photos", cwd=clone)
-        timed(seconds, "all", *dvc, "exp", "run", *(f"-S{key}={value}" for key, value in chosen.items()), cwd=clone)
-        timed(seconds, "another k", *dvc, "exp", "run", "-S", "reduce.k=32", cwd=clone)
-        timed(seconds, "nothing changed", *dvc, "repro", cwd=clone)
+        timed(seconds, "dvc add", *DVC, "add", "-q", "data/photos", cwd=clone)
+        timed(seconds, "all", *DVC, "exp", "run", *(f"-S{key}={value}" for key, value in chosen.items()), cwd=clone)
+        timed(seconds, "another k", *DVC, "exp", "run", "-S", "reduce.k=32", cwd=clone)
+        timed(seconds, "nothing changed", *DVC, "repro", cwd=clone)
         copy_images(paths[:n_more], images, clone / "data/photos")
-        timed(seconds, "1 % more: dvc add", *dvc, "add", "-q", "data/photos", cwd=clone)
-        timed(seconds, "1 % more", *dvc, "repro", cwd=clone)
+        timed(seconds, "1 % more: dvc add", *DVC, "add", "-q", "data/photos", cwd=clone)
+        timed(seconds, "1 % more", *DVC, "repro", cwd=clone)
         shutil.rmtree(clone)
-        for name, flags in (("field, nothing cached", []), ("field, features written first", ["--materialise"])):
+        # The script takes far longer: in all rounds but the last, so that it stands between two of the pipeline.
+        for name, flags in FIELD.items() if i < max(1, n_rounds - 1) else ():
             for n in PARTS:
-                output = folder / "output"
-                said = timed(
-                    seconds,
-                    f"{name}: {n} images",
-                    *spark_submit(),
-                    "benchmarks/field.py",
-                    folder / f"part-{n}",
-                    output,
-                    *flags,
-                )
-                passes.setdefault(name, []).append(json.loads(said.splitlines()[-1])["passes"])
-                shutil.rmtree(output)
-    n_images = len(paths) - n_more
-    for name in passes:
+                command = (*spark_submit(), "benchmarks/field.py", folder / f"part-{n}", folder / "output", *flags)
+                said = timed(seconds, f"{name}: {n} images", *command)
+                passes[name][n] = json.loads(said.splitlines()[-1])["passes"]
+                shutil.rmtree(folder / "output")
+    for name in FIELD:
         few, many = (statistics.median(seconds[f"{name}: {n} images"]) for n in PARTS)
         each = (many - few) / (PARTS[1] - PARTS[0])
         seconds[f"{name}: {n_images:,} images, by its seconds for the start and for each"] = [
             few + each * (n_images - PARTS[0])
         ]
-    return {"images": n_images, "precision": PRECISION, "seconds": seconds, "passes": passes}
+    ours = statistics.median(seconds["all"])
+    ratios = {
+        name: round(statistics.median(list(seconds.values())[i]) / ours, 1) for i, name in ((-2, "uncached"), (-1, "cached"))
+    }
+    return {"images": n_images, "precision": PRECISION, "seconds": seconds, "passes": passes, "ratios": ratios}
 
 
 def limit(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    flags = {**params["featurize"], "precision": PRECISION}
+    featurize = prepare_featurize(images, folder)
+    seconds: Seconds = {}
+    bare: list[dict[str, Any]] = []
+    for _ in range(n_rounds):
+        command = ("benchmarks/bare.py", folder / "some/images", folder / "backbone", "--precision", PRECISION)
+        bare.append(json.loads(run(sys.executable, *command, "--n_images", N_LIMIT).splitlines()[-1]))
+        seconds.setdefault("bare loop, start-up apart", []).append(N_LIMIT / bare[-1]["images_per_second"])
+        one, some = featurize("one"), featurize("some")
+        seconds.setdefault("featurize, start-up apart", []).append(some - one)
+        seconds.setdefault("featurize, one image: its start-up", []).append(one)
+    reached, products = (
+        statistics.median(values)
+        for values in zip(
+            *((each["images_per_second"], each["gflops_of_a_product"][PRECISION]) for each in bare), strict=True
+        )
+    )
+    ratios = {
+        "featurize": round(ratio(seconds, "bare loop, start-up apart", "featurize, start-up apart"), 2),
+        "bare": round(reached * GFLOP / products, 2),
+    }
+    return {"images": N_LIMIT, "precision": PRECISION, "seconds": seconds, "bare": bare, "ratios": ratios}
+
+
+def executors(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
+    featurize = prepare_featurize(images, folder)
+    seconds: Seconds = {}
+    for _ in range(n_rounds):
+        for n in (1, 2):
+            took = {which: featurize(which, SPARK_MASTER=f"local-cluster[{n},1,1024]") for which in ("one", "some")}
+            name = f"featurize, {n} executor{'s'[: n - 1]} of one core"
+            seconds.setdefault(f"{name}: start-up", []).append(took["one"])
+            seconds.setdefault(f"{name}: {N_LIMIT:,} images, start-up apart", []).append(took["some"] - took["one"])
+    _, one, _, two = seconds
+    return {
+        "images": N_LIMIT,
+        "precision": PRECISION,
+        "seconds": seconds,
+        "ratios": {"two": round(ratio(seconds, one, two), 2)},
+    }
+
+
+def prepare_featurize(images: Path, folder: Path) -> Callable[..., float]:
+    """What runs featurize with ResNet50 on `one` image or `some`, N_LIMIT of them, without a cache; it gives the seconds."""
     chosen = distinct_images(images, N_LIMIT)
-    for run_name, n in (("one", 1), ("some", N_LIMIT)):
-        copy_images(chosen[:n], images, folder / run_name / "images")
-        submit(folder / run_name, "ingest", "images", "ingested", params["ingest"])
+    for which, n in (("one", 1), ("some", N_LIMIT)):
+        copy_images(chosen[:n], images, folder / which / "images")
+        submit(folder / which, "ingest", "images", "ingested", PARAMS["ingest"])
     save_resnet50(folder / "weights/resnet50.weights.h5")
     run(
         *(sys.executable, "stages/backbone.py", folder / "weights", folder / "backbone"),
         *("--name", "resnet50", "--weights", "resnet50.weights.h5", "--image_size", "224"),
     )
+    flags = PARAMS["featurize"] | {"precision": PRECISION}
+
+    def featurize(which: str, **environment: str) -> float:
+        cache = folder / "cache"
+        environment["FEATURE_CACHE"] = str(cache)
+        _, took = submit(folder / which, "featurize", "ingested", folder / "backbone", "features", flags, **environment)
+        shutil.rmtree(cache)
+        print(f"featurize, {which}, {environment.get('SPARK_MASTER', 'all cores')}: {took:.1f} s", flush=True)
+        return took
+
+    return featurize
+
+
+def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
+    """Of ever more; for each size the seconds, and the MiB of each kind of process at its most."""
     seconds: Seconds = {}
-    bare: list[dict[str, Any]] = []
+    memory: dict[str, dict[str, int]] = {}
+
+    def measured(name: str, work: Callable[[], Any]) -> None:
+        with peaks() as most:
+            started = time.monotonic()
+            work()
+            seconds.setdefault(name, []).append(time.monotonic() - started)
+        memory[name] = {kind: max(mib, memory.get(name, {}).get(kind, 0)) for kind, mib in most.items()}
+        print(f"{name}: {seconds[name][-1]:.1f} s, MiB {most}", flush=True)
+
+    for n in GROWTH["photographs"]:
+        grow_images(images, folder / f"photographs-{n}", n)
+    grow_files(images, folder / "files")
+    for n in GROWTH["rows"]:
+        write_features(folder / f"rows-{n}/features", n, N_FEATURES_OF_ROWS)
     for i in range(n_rounds):
-        command = ("benchmarks/bare.py", folder / "some/images", folder / "backbone", "--precision", PRECISION)
-        bare.append(json.loads(run(sys.executable, *command).splitlines()[-1]))
-        seconds.setdefault("bare loop, start-up apart", []).append(N_LIMIT / bare[-1]["images_per_second"])
-        took = {}
-        for run_name in ("one", "some"):
-            cache = folder / f"cache-{run_name}-{i}"
-            places = ("ingested", folder / "backbone", "features")
-            _, took[run_name] = submit(folder / run_name, "featurize", *places, flags, cache=cache)
-        seconds.setdefault("featurize, start-up apart", []).append(took["some"] - took["one"])
-        seconds.setdefault("featurize, one image: its start-up", []).append(took["one"])
-    return {"images": N_LIMIT, "precision": PRECISION, "seconds": seconds, "bare": bare}
+        for n in GROWTH["photographs"]:
+            clone = make_clone(folder / f"clone-{n}-{i}")
+            (folder / f"photographs-{n}").rename(clone / "data/photos")
+            run(*DVC, "add", "-q", "data/photos", cwd=clone)
+            command = (*DVC, "exp", "run", "-S", "images=data/photos")
+            measured(f"the whole, {n:,} photographs", lambda clone=clone, command=command: run(*command, cwd=clone))
+            (clone / "data/photos").rename(folder / f"photographs-{n}")
+            shutil.rmtree(clone)
+        for n in GROWTH["files"]:
+            places = (f"files-{n}", "ingested", PARAMS["ingest"])
+            measured(f"ingest, {n:,} files", lambda places=places: submit(folder / "files", "ingest", *places))
+        for n in GROWTH["rows"]:
+            rows = folder / f"rows-{n}"
+            measured(
+                f"covariance and reduce, {n:,} rows of {N_FEATURES_OF_ROWS}",
+                lambda rows=rows: (
+                    submit(rows, "covariance", "features", "covariance", PARAMS["covariance"]),
+                    submit(rows, "reduce", "features", "covariance", "reduced", PARAMS["reduce"]),
+                ),
+            )
+    medians = iter([statistics.median(each) for each in seconds.values()])
+    exponents = {}
+    for what, sizes in GROWTH.items():
+        took = [next(medians) for _ in sizes]
+        exponents[what] = round(float(np.polyfit(np.log(sizes), np.log(took), 1)[0]), 2)
+    return {"seconds": seconds, "memory": memory, "ratios": exponents}
 
 
 def pca(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
-    params = yaml.safe_load((ROOT / "params.yaml").read_text())
     write_features(folder / "all/features", N_ROWS, N_FEATURES)
     write_features(folder / "few/features", 64, 16)
     seconds: Seconds = {}
     for _ in range(n_rounds):
         for name, k in (("few", 8), ("all", K)):
-            reduce = {**params["reduce"], "k": k}
+            reduce = PARAMS["reduce"] | {"k": k}
             for stage, places in (
-                ("covariance", ("features", "covariance", params["covariance"])),
+                ("covariance", ("features", "covariance", PARAMS["covariance"])),
                 ("reduce", ("features", "covariance", "reduced", reduce)),
             ):
                 _, took = submit(folder / name, stage, *places)
                 what = stage if name == "all" else f"{stage}, start-up"
                 seconds.setdefault(what, []).append(took)
-        said = timed(
-            seconds,
-            "pyspark.ml PCA",
-            *spark_submit(),
-            "benchmarks/field.py",
-            "--features",
-            folder / "all/features",
-            folder / "field",
-        )
+        command = (*spark_submit(), "benchmarks/field.py", "--features", folder / "all/features", folder / "field")
+        said = timed(seconds, "pyspark.ml PCA", *command)
         parts = json.loads(said.splitlines()[-1])["seconds"]
         seconds.setdefault("pyspark.ml PCA, start-up apart", []).append(parts["fit"] + parts["write"])
         shutil.rmtree(folder / "field")
         said = run(sys.executable, "-c", SCIKIT_LEARN, folder / "all/features")
         seconds.setdefault("scikit-learn, fit_transform in memory", []).append(float(said.splitlines()[-1]))
-    return {"rows": N_ROWS, "features": N_FEATURES, "k": K, "seconds": seconds}
+    ours = sum(statistics.median(seconds[stage]) for stage in ("covariance", "reduce"))
+    ratios = {"spark": round(statistics.median(seconds["pyspark.ml PCA"]) / ours, 1)}
+    return {"rows": N_ROWS, "features": N_FEATURES, "k": K, "seconds": seconds, "ratios": ratios}
 
 
-SECTIONS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {"whole": whole, "limit": limit, "pca": pca}
+SECTIONS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
+    "whole": whole,
+    "limit": limit,
+    "pca": pca,
+    "growth": growth,
+    "executors": executors,
+}
+# What is compared, the goal, and where its measured value stands: a section's name and that of the ratio.
+GOALS = (
+    ("the whole, against the script that caches nothing", "14 times as fast or more", "whole", "uncached"),
+    ("the whole, against the script that writes features first", "5 times or more", "whole", "cached"),
+    ("featurize, against the bare loop", "0.95 of its speed or more", "limit", "featurize"),
+    (f"the bare loop, against large {PRECISION} products", "0.9 of their GFLOP/s or more", "limit", "bare"),
+    ("covariance and reduce, against pyspark.ml's PCA", "as fast or faster", "pca", "spark"),
+    ("the whole by photographs", "exponent 1.05 or less", "growth", "photographs"),
+    ("ingest by files", "exponent 1.05 or less", "growth", "files"),
+    ("covariance and reduce by rows", "exponent 1.05 or less", "growth", "rows"),
+    ("featurize, two executors against one", "1.85 times as fast or more", "executors", "two"),
+)
 SCIKIT_LEARN = f"""
 import sys, time
 import numpy as np, pyarrow.dataset as ds
@@ -188,6 +299,18 @@ features = column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
 started = time.monotonic()
 PCA({K}, svd_solver="covariance_eigh").fit_transform(features)
 print(time.monotonic() - started)
+"""
+
+
+RESNET50 = """
+import sys
+import keras, numpy as np
+keras.utils.set_random_seed(0)
+network = keras.applications.ResNet50(weights=None, include_top=False, pooling="avg")
+for layer in network.layers:
+    if isinstance(layer, keras.layers.BatchNormalization):
+        layer.set_weights([np.random.uniform(0.5, 1, weight.shape) for weight in layer.get_weights()])
+network.save_weights(sys.argv[1])
 """
 
 
@@ -201,6 +324,64 @@ def spark_submit() -> list[str]:
         *("--conf", "spark.ui.enabled=false"),
         *("--conf", "spark.log.level=ERROR"),
     ]
+
+
+def make_clone(place: Path) -> Path:
+    run("git", "clone", "-q", ROOT, place)
+    return place
+
+
+def grow_images(images: Path, target: Path, n: int) -> None:
+    """The first n photographs, spread over all labels; if there are too few, mirrored ones too, of labels of their own."""
+    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    copy_images(paths[:: max(1, len(paths) // n)][:n], images, target)
+    for path in paths[: max(0, n - len(paths))]:
+        place = target / f"{path.parent.name} mirrored" / path.name
+        place.parent.mkdir(exist_ok=True)
+        with Image.open(path) as image:
+            ImageOps.mirror(image).save(place, quality=90)
+
+
+def grow_files(images: Path, folder: Path) -> None:
+    """Folders files-N of N hard links to photographs each, ten thousand to a label."""
+    for n in GROWTH["files"]:
+        few = distinct_images(images, min(n, N_LIMIT))
+        for i in range(n):
+            place = folder / f"files-{n}" / f"label-{i // 10_000}"
+            if i % 10_000 == 0:
+                place.mkdir(parents=True)
+            source = few[i % len(few)]
+            if i < len(few):
+                shutil.copy(source, place / f"{i}.jpg")
+            else:
+                os.link(folder / f"files-{n}/label-0/{i % len(few)}.jpg", place / f"{i}.jpg")
+
+
+@contextmanager
+def peaks() -> Iterator[dict[str, int]]:
+    """MiB of the largest process of each kind, at its most, of all that this process starts: five looks a second."""
+    most: dict[str, int] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.2):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    words, mib = " ".join(process.cmdline()), process.memory_info().rss // 2**20
+                except psutil.Error:
+                    continue  # it has ended
+                kinds = {"java": "JVM", "pyspark.daemon": "worker", "stages/": "driver"}
+                kind = next((kind for sign, kind in kinds.items() if sign in words), None)
+                if kind:
+                    most[kind] = max(mib, most.get(kind, 0))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        done.set()
+        watcher.join()
 
 
 def write_features(folder: Path, n_rows: int, n_features: int) -> None:
@@ -218,18 +399,15 @@ def write_features(folder: Path, n_rows: int, n_features: int) -> None:
             "label": ["label"] * n,
             "group": names,
             "fold": pa.array(np.arange(n) % 2, pa.int32()),
-            "features": pa.array(list(features), pa.list_(pa.float32())),
+            "features": pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32) * n_features, features.ravel()),
         }
         pq.write_table(pa.table(columns), folder / f"part-{part:05}.parquet", use_dictionary=False, row_group_size=2048)
 
 
 def save_resnet50(path: Path) -> None:
+    """Random weights, of normalizations too: TensorFlow leaves out a bias of 0, and fuses nothing with what is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    code = (
-        "import keras, sys; keras.utils.set_random_seed(0);"
-        "keras.applications.ResNet50(weights=None, include_top=False, pooling='avg').save_weights(sys.argv[1])"
-    )
-    run(sys.executable, "-c", code, path)
+    run(sys.executable, "-c", RESNET50, path)
 
 
 def run(*command: Any, cwd: Path = ROOT) -> str:
@@ -254,10 +432,33 @@ def timed(seconds: Seconds, name: str, *command: Any, cwd: Path = ROOT) -> str:
     return said
 
 
-def table(seconds: Seconds) -> str:
+def ratio(seconds: Seconds, one: str, other: str) -> float:
+    return statistics.median(seconds[one]) / statistics.median(seconds[other])
+
+
+def tables(section: dict[str, Any]) -> str:
     lines = ["| | seconds, median | least | most |", "|---|---|---|---|"]
     lines += [
-        f"| {name} | {statistics.median(all_):.1f} | {min(all_):.1f} | {max(all_):.1f} |" for name, all_ in seconds.items()
+        f"| {name} | {statistics.median(all_):.1f} | {min(all_):.1f} | {max(all_):.1f} |"
+        for name, all_ in section["seconds"].items()
+    ]
+    if "memory" in section:
+        kinds = ("driver", "JVM", "worker")
+        lines += ["", "| MiB of the largest process at its most | " + " | ".join(kinds) + " |", "|---|---|---|---|"]
+        lines += [
+            f"| {name} | " + " | ".join(f"{most.get(kind, 0):,}" for kind in kinds) + " |"
+            for name, most in section["memory"].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def goals(results: dict[str, Any]) -> str:
+    here = machine()
+    lines = [f"On {here['cores']} cores of {here['processor']} ({', '.join(here['instructions'])}):", ""]
+    lines += ["| | goal | measured |", "|---|---|---|"]
+    lines += [
+        f"| {what} | {goal} | {results[section]['ratios'][name] if section in results else 'not on this machine'} |"
+        for what, goal, section, name in GOALS
     ]
     return "\n".join(lines) + "\n"
 
@@ -265,7 +466,7 @@ def table(seconds: Seconds) -> str:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("images", type=lambda text: Path(text).resolve())
-    parser.add_argument("--n_rounds", type=int, default=2)
+    parser.add_argument("--n_rounds", type=int, help="of each section; unless given, as many as ROUNDS says")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     return parser.parse_args()
 

@@ -83,21 +83,20 @@ def measure(
 ) -> None:
     """Run featurize and covariance, and add what they took to runs."""
     places = ("ingested", backbone, "features")
-    said, seconds = submit(folder / run, "featurize", *places, params["featurize"], cache=cache)
+    said, seconds = submit(folder / run, "featurize", *places, params["featurize"], FEATURE_CACHE=str(cache))
     _, covariance = submit(folder / run, "covariance", "features", "covariance", params["covariance"])
     passes = re.findall(r"([\d,]+) passes of", said)[-1]
     runs[run].append({"seconds": seconds, "passes": int(passes.replace(",", "")), "covariance": covariance})
     print(f"{run:<10}{seconds:6.1f} s  {passes:>7} passes;  covariance {covariance:5.1f} s", flush=True)
 
 
-def submit(folder: Path, stage: str, *places_and_flags: Any, cache: Path | None = None) -> tuple[str, float]:
+def submit(folder: Path, stage: str, *places_and_flags: Any, **environment: str) -> tuple[str, float]:
     """What the stage said, and its seconds from start to end."""
     *places, section = places_and_flags
     flags = [word for key, value in section.items() for word in (f"--{key}", str(value))]
     command = [sys.executable, ROOT / "bootstrap/submit.py", ROOT / f"stages/{stage}.py", *places, *flags]
-    own = {"FEATURE_CACHE": str(cache)} if cache else {}
     started = time.monotonic()
-    done = subprocess.run(command, cwd=folder, env=os.environ | own, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr)
     return done.stdout, time.monotonic() - started
@@ -139,9 +138,16 @@ def compare_sums(old: Path, all_: Path) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
+    """The processor, its cores, and which instructions it has of those that a network's speed hangs on."""
     cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {"processor": model[1] if model else platform.processor(), "cores": os.cpu_count()}
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    flags = set(text.split())
+    return {
+        "processor": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8") if flag in flags],
+    }
 
 
 def parse_args() -> argparse.Namespace:
