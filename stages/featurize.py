@@ -57,8 +57,8 @@ COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])  # a row o
 PRECISIONS = ("float32", "bfloat16")
 LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a feature
 
-# What a killed run can lose on each core: of ResNet50 5 s in bfloat16 by AMX, 25 s in float32. Smaller ones cost more: before
-# each task Spark makes Python look for modules anew, which takes as long as ten images.
+# What a killed run can lose on each core: of ResNet50 5 s in bfloat16 by AMX, 25 s in float32. Smaller ones cost more, for
+# before each task Spark makes Python look for modules anew, which takes as long as several images.
 IMAGES_PER_TASK = 512
 
 SECONDS_WATCHED, SECONDS_LOGGED = 10, 600  # between two lines on how far it is: on a terminal, in a log
