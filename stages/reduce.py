@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
         ("scaling", scaling, SCALING),
         ("spectrum", spectrum, SPECTRUM),
     ):
-        spark.createDataFrame(table, schema).coalesce(1).write.parquet(f"{args.output}/model/{name}")
+        spark.createDataFrame(table, schema).repartition(1).sortWithinPartitions(schema.names[0]).write.parquet(
+            f"{args.output}/model/{name}"
+        )
 
     spark.conf.set("spark.sql.files.maxPartitionBytes", 1)  # a partition is a file,
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # and so is a row
