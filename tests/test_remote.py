@@ -111,7 +111,15 @@ def mate(author: Path, tmp_path: Path) -> Path:
 
 def data(folder: Path) -> list[str]:
     """The files of all that DVC tracks."""
-    places = ["data/sample", "data/backbone", "data/ingested", "data/features", "data/covariance", "data/reduced"]
+    places = [
+        "data/sample",
+        "data/backbone",
+        "data/ingested",
+        "data/features",
+        "data/covariance",
+        "data/reduced",
+        "data/baseline",
+    ]
     files = [path for place in [*places, "reports/evaluation"] for path in (folder / place).rglob("*") if path.is_file()]
     return sorted(str(path.relative_to(folder)) for path in files)
 
