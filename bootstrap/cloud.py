@@ -7,13 +7,20 @@ from typing import Any
 
 import boto3
 import yaml
+from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 SETTINGS = Path(__file__).with_name("cluster.yaml")
+THREADS = 32  # requests at a time; most are of small files
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
 # Throttled, or a server in trouble: again after a while that doubles and is drawn by lot, so that not all come back at once.
-RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10, read_timeout=60)
+CONFIG = Config(
+    retries={"mode": "standard", "max_attempts": 8},
+    connect_timeout=10,
+    read_timeout=60,
+    max_pool_connections=THREADS,
+)
 
 
 def settings() -> dict[str, Any]:
@@ -23,7 +30,7 @@ def settings() -> dict[str, Any]:
 
 def client(service: str, region: str) -> Any:
     """A client of that service in that region, whatever region the user's own configuration names."""
-    return boto3.client(service, region_name=region, config=RETRIES)
+    return boto3.client(service, region_name=region, config=CONFIG)
 
 
 def outputs(settings: dict[str, Any]) -> dict[str, str]:
@@ -55,5 +62,5 @@ def errors_in_words(who: str) -> Iterator[None]:
         code, operation = error.response["Error"]["Code"], error.operation_name
         advice = " Log in again (`aws sso login`, or new keys), and repeat the command." if code in EXPIRED else ""
         raise SystemExit(f"{who}: {operation}: {code}: {error.response['Error'].get('Message', '')}{advice}") from None
-    except BotoCoreError as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise SystemExit(f"{who}: {error}") from None

@@ -46,7 +46,6 @@ LOG_SECONDS = {
     True: 60,
     False: 360,
 }  # to wait for a log, which EMR brings to S3 within five minutes: when all is well, when not
-THREADS = 32  # requests at a time; most are of small files
 LINES = 20  # of what a stage said last
 LOGGED = re.compile(r"\d\d[/:]\d\d[/:]\d\d.* (INFO|WARN) ")  # Spark's own lines
 HINTS = {
@@ -72,6 +71,7 @@ class Service(Protocol):
 
     where: str  # its id
     arn: str
+    log_uri: str
 
     def find(self, name: str) -> tuple[str, Look] | None:
         """The latest run of that name."""
@@ -119,6 +119,14 @@ class Cluster:
             },
         }
         (run,) = self.emr.add_job_flow_steps(JobFlowId=self.where, Steps=[step])["StepIds"]
+        # EMR knows no token by which it would see that a request comes again because the first answer was lost.
+        twins = [
+            each["Id"]
+            for each in self._steps()
+            if each["Name"] == name and each["Id"] != run and each["Status"]["State"] in ("PENDING", "RUNNING")
+        ]
+        for twin in twins:
+            self.cancel(twin)
         return str(run)
 
     def look(self, run: str) -> Look:
@@ -259,18 +267,22 @@ def run(job: Job, target: str, dry_run: bool) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is Ctrl-C, also where that is ignored
     with cloud.errors_in_words("submit"):
         settings = cloud.settings()
+        residency.require(
+            settings["region"], [], remotes={}
+        )  # whom we may ask; then, of all that data will go to, where it is
         outputs = cloud.outputs(settings)
+        service = SERVICES[target](settings, outputs)
         cache = os.environ.get("FEATURE_CACHE", "")
         cache = cache if cache.startswith("s3://") else f"s3://{outputs['Bucket']}/feature-cache"
-        residency.require(settings["region"], {outputs["Bucket"], bucket_and_key(cache)[0]})
-        service = SERVICES[target](settings, outputs)
         residency.require_arn(service.arn, settings["region"])
+        residency.require(
+            settings["region"], {outputs["Bucket"], *(bucket_and_key(uri)[0] for uri in (cache, service.log_uri))}
+        )
         bucket = Bucket(cloud.client("s3", settings["region"]), outputs["Bucket"], is_dry=dry_run)
-        with place_for(job) as (partial, _):
-            return run_there(job, service, bucket, cache, partial, dry_run)
+        return run_there(job, service, bucket, cache, dry_run)
 
 
-def run_there(job: Job, service: Service, bucket: "Bucket", cache: str, partial: Path, dry_run: bool) -> int:
+def run_there(job: Job, service: Service, bucket: "Bucket", cache: str, dry_run: bool) -> int:
     stage = Path(job.stage).stem
     code = bucket.put_file(job.stage, f"staging/stages/{sha256(Path(job.stage))}/{Path(job.stage).name}")
     inputs = [place if place.startswith("s3://") else bucket.put_folder(Path(place)) for place in job.inputs]
@@ -281,31 +293,30 @@ def run_there(job: Job, service: Service, bucket: "Bucket", cache: str, partial:
     if dry_run:
         print(shlex.join(["spark-submit", *(f"--conf={key}={value}" for key, value in conf.items()), *words]))
         return 0
-
-    found = service.find(name)
-    if found and (not found[1].is_over or (found[1].is_sound and bucket.keys(there))):
-        run = found[0]
-        say(stage, f"run {run} of an earlier call is {found[1].state}; taking it up")
-    else:
-        bucket.delete(there)  # what a run that failed has left
-        say(stage, estimate(job, service))
-        run = service.start(name, conf, words, minutes=math.ceil(hours() * 60))
-    look = wait(service, run, stage)
+    with place_for(job) as (partial, _):
+        found = service.find(name)
+        if found and (not found[1].is_over or (found[1].is_sound and bucket.keys(there))):
+            run = found[0]
+            say(stage, f"run {run} of an earlier call is {found[1].state}; taking it up")
+        else:
+            bucket.delete(there)  # what a run that failed has left
+            say(stage, estimate(job, service))
+            run = service.start(name, conf, words, minutes=math.ceil(hours() * 60))
+        look = wait(service, run, stage)
+        bucket.fetch(there, partial)
+        publish(job, partial, look.is_sound)
     if not look.is_sound:
         stderr = bucket.read_log(f"{look.logs}/stderr.gz", LOG_SECONDS[False])
         print(last_words(stderr), file=sys.stderr)
         hints = [hint for sign, hint in HINTS.items() if sign in stderr]
-        bucket.fetch(there, partial)
-        publish(job, partial, is_sound=False)
         raise SystemExit(
             f"submit: {stage}: {' '.join([f'{run} is {look.state}.', look.reason, *hints])}\nIts logs: {look.logs}/"
         )
-    print(bucket.read_log(f"{look.logs}/stdout.gz", LOG_SECONDS[True]), end="")
-    bucket.fetch(there, partial)
-    publish(job, partial, is_sound=True)
     bucket.adopt(there, Path(job.output))
     runtime.record(job, service.bill(run))
     bucket.delete(there)
+    said = bucket.read_log(f"{look.logs}/stdout.gz", LOG_SECONDS[True])
+    print(said or f"submit: what {stage} says will be in {look.logs}/stdout.gz", end="" if said else "\n")
     return 0
 
 
@@ -468,7 +479,7 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
 
 
 def at_once(work: Callable[[Any], None], items: Iterable[Any]) -> None:
-    with ThreadPoolExecutor(THREADS) as pool:
+    with ThreadPoolExecutor(cloud.THREADS) as pool:
         list(pool.map(work, items))
 
 

@@ -268,7 +268,7 @@ def dvc_client(remote: Mapping[str, Any]) -> Any:
     filesystem, settings, _ = get_cloud_fs({}, **remote)
     its = filesystem(**settings).fs_args
     session = boto3.Session(its.get("key"), its.get("secret"), its.get("token"), profile_name=its.get("profile"))
-    config = cloud.RETRIES.merge(Config(**its.get("config_kwargs", {})))
+    config = cloud.CONFIG.merge(Config(**its.get("config_kwargs", {})))
     return session.client("s3", use_ssl=its["use_ssl"], config=config, **its.get("client_kwargs", {}))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from boto3.exceptions import S3UploadFailedError
 from botocore.exceptions import EndpointConnectionError
 from moto.emr.exceptions import ValidationException
 from moto.emr.responses import ElasticMapReduceResponse
@@ -208,6 +209,13 @@ def test_a_call_that_was_cut_off_is_taken_up_by_the_same_command(
     assert ("of an earlier call is" in capsys.readouterr().out, len(there.commands)) == (True, 1)
 
 
+def test_of_a_step_that_was_added_twice_one_is_cancelled(there: Aws) -> None:
+    there.is_paused = True
+    service = emr.Cluster(emr.cloud.settings(), {})
+    first, second = (service.start("stage 1", {}, ["s3://b/s.py"], 60) for _ in range(2))
+    assert {step.id: step.state for step in there.clusters()[-1].steps} == {first: "CANCELLED", second: "PENDING"}
+
+
 def test_a_job_run_whose_start_was_not_answered_is_not_started_twice(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
     there.is_paused = True
     service = emr.Application(emr.cloud.settings(), emr.cloud.outputs(emr.cloud.settings()))
@@ -309,6 +317,24 @@ def test_a_bucket_that_is_gone_ends_it_before_anything_is_sent(there: Aws) -> No
     ):
         call()
     assert there.commands == []
+
+
+def test_logs_that_would_leave_the_eu_end_it_before_anything_is_sent(there: Aws) -> None:
+    place = {"LocationConstraint": "eu-west-2"}
+    there.client("s3").create_bucket(Bucket="logs-in-london", CreateBucketConfiguration=place)
+    there.clusters()[-1].log_uri = "s3://logs-in-london/"
+    with pytest.raises(SystemExit, match=r"bucket logs-in-london .*eu-west-2, Europe \(London\)"):
+        call()
+    assert keys(there.client("s3"), BUCKET) == []
+
+
+def test_an_upload_that_is_refused_ends_it_in_a_line(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise S3UploadFailedError("Failed to upload a.txt: AccessDenied")
+
+    monkeypatch.setattr(emr.Bucket, "put_file", refused)
+    with pytest.raises(SystemExit, match=r"^submit: Failed to upload a\.txt: AccessDenied$"):
+        call()
 
 
 def test_without_a_cluster_it_says_how_to_start_one(there: Aws) -> None:
