@@ -45,7 +45,14 @@ def test_two_experiments_at_once_are_both_right(clone: Path) -> None:
 
 def forget(clone: Path) -> None:
     """Delete what Spark's stages wrote, and every trace of how it was made."""
-    for name in (".dvc/cache", ".dvc/tmp", "data/ingested", "data/features", "data/covariance", "data/reduced"):
+    for name in (
+        ".dvc/cache",
+        ".dvc/tmp/feature-cache",
+        "data/ingested",
+        "data/features",
+        "data/covariance",
+        "data/reduced",
+    ):
         shutil.rmtree(clone / name)
 
 
