@@ -129,6 +129,7 @@ def whole(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
     ratios = {
         name: round(statistics.median(list(seconds.values())[i]) / ours, 1) for i, name in ((-2, "uncached"), (-1, "cached"))
     }
+    ratios |= {name: round(statistics.median(seconds[name]), 1) for name in ("another k", "nothing changed")}
     return {"images": n_images, "precision": PRECISION, "seconds": seconds, "passes": passes, "ratios": ratios}
 
 
@@ -266,8 +267,14 @@ def pca(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         shutil.rmtree(folder / "field")
         said = run(sys.executable, "-c", SCIKIT_LEARN, folder / "all/features")
         seconds.setdefault("scikit-learn, fit_transform in memory", []).append(float(said.splitlines()[-1]))
-    ours = sum(statistics.median(seconds[stage]) for stage in ("covariance", "reduce"))
-    ratios = {"spark": round(statistics.median(seconds["pyspark.ml PCA"]) / ours, 1)}
+    took = {name: statistics.median(all_) for name, all_ in seconds.items()}
+    ours = took["covariance"] + took["reduce"]
+    work = ours - took["covariance, start-up"] - took["reduce, start-up"]
+    ratios = {
+        "with start": round(took["pyspark.ml PCA"] / ours, 1),
+        "without start": round(took["pyspark.ml PCA, start-up apart"] / work, 1),
+        "scikit-learn": round(work / took["scikit-learn, fit_transform in memory"], 1),
+    }
     return {"rows": N_ROWS, "features": N_FEATURES, "k": K, "seconds": seconds, "ratios": ratios}
 
 
@@ -284,7 +291,11 @@ GOALS = (
     ("the whole, against the script that writes features first", "5 times or more", "whole", "cached"),
     ("featurize, against the bare loop", "0.95 of its speed or more", "limit", "featurize"),
     (f"the bare loop, against large {PRECISION} products", "0.9 of their GFLOP/s or more", "limit", "bare"),
-    ("covariance and reduce, against pyspark.ml's PCA", "as fast or faster", "pca", "spark"),
+    ("covariance and reduce, against pyspark.ml's PCA, start-up apart", "12 times as fast or more", "pca", "without start"),
+    ("the same, each with its start-up (Spark's, twice)", "4 times or more", "pca", "with start"),
+    ("covariance and reduce, start-up apart, against scikit-learn", "1.5 times its seconds or fewer", "pca", "scikit-learn"),
+    ("another k, by `dvc exp run`, seconds", "15 or fewer", "whole", "another k"),
+    ("nothing changed, seconds", "3 or fewer", "whole", "nothing changed"),
     ("the whole by photographs", "exponent 1.05 or less", "growth", "photographs"),
     ("ingest by files", "exponent 1.05 or less", "growth", "files"),
     ("covariance and reduce by rows", "exponent 1.05 or less", "growth", "rows"),
