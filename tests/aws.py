@@ -60,9 +60,9 @@ class Aws:
         self.is_over = threading.Event()
         self.worker = threading.Thread(target=self.work, daemon=True)
 
-    def client(self, service: str) -> Any:
+    def client(self, service: str, region: str = REGION) -> Any:
         keys = {"aws_access_key_id": "AKIAIOSFODNN7EXAMPLE", "aws_secret_access_key": SECRET}
-        return boto3.client(service, region_name=REGION, endpoint_url=self.url, **keys)
+        return boto3.client(service, region_name=region, endpoint_url=self.url, **keys)
 
     def fresh(self) -> None:
         """An empty bucket, the stack, one cluster that waits; nothing run yet."""

@@ -321,7 +321,7 @@ def test_a_bucket_that_is_gone_ends_it_before_anything_is_sent(there: Aws) -> No
 
 def test_logs_that_would_leave_the_eu_end_it_before_anything_is_sent(there: Aws) -> None:
     place = {"LocationConstraint": "eu-west-2"}
-    there.client("s3").create_bucket(Bucket="logs-in-london", CreateBucketConfiguration=place)
+    there.client("s3", "eu-west-2").create_bucket(Bucket="logs-in-london", CreateBucketConfiguration=place)
     there.clusters()[-1].log_uri = "s3://logs-in-london/"
     with pytest.raises(SystemExit, match=r"bucket logs-in-london .*eu-west-2, Europe \(London\)"):
         call()
