@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -201,7 +201,8 @@ class Aws:
 
     def kill(self, name: str) -> None:
         if name in self.running and self.running[name].poll() is None:
-            os.killpg(self.running[name].pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # the worker, which waits for it, may have seen its end first
+                os.killpg(self.running[name].pid, signal.SIGTERM)
 
 
 def keys(s3: Any, bucket: str) -> list[str]:
