@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -76,6 +78,12 @@ def refusal(code: str, message: str) -> ValidationException:
 
 def call(target: str = "emr", what: str = "well", source: str = "in", output: str = "out", dry_run: bool = False) -> int:
     return emr.run(submit.parse(["stage.py", source, output, "--what", what]), target, dry_run)
+
+
+def while_it_waits(monkeypatch: pytest.MonkeyPatch, happens: Callable[..., None]) -> None:
+    """Let that happen whenever emr, and no other thread of this process, would sleep."""
+    own = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, sleep=happens)
+    monkeypatch.setattr(emr, "time", own)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -242,7 +250,7 @@ def test_a_run_that_somebody_else_cancels_is_a_failure(target: str, there: Aws, 
             job.state = "CANCELLED"
             there.kill(job.id)
 
-    monkeypatch.setattr(emr.time, "sleep", cancel)
+    while_it_waits(monkeypatch, cancel)
     with pytest.raises(SystemExit, match="is CANCELLED"):
         call(target, "hang")
 
@@ -256,7 +264,7 @@ def test_a_step_lost_with_its_cluster_is_told_with_the_clusters_reason(there: Aw
             "All spot nodes were lost (NO_SLAVE_LEFT)",
         )
 
-    monkeypatch.setattr(emr.time, "sleep", lose)
+    while_it_waits(monkeypatch, lose)
     with pytest.raises(SystemExit, match=r"is lost\. cluster j-\w+ is TERMINATED_WITH_ERRORS All spot nodes were lost"):
         call(what="hang")
     for step in cluster.steps:
@@ -278,7 +286,7 @@ def test_a_bootstrap_action_that_fails_is_told_with_the_address_of_its_log(
         )
 
     there.client("s3").put_object(Bucket=BUCKET, Key=f"logs/{log}", Body=emr.gzip.compress(b"ERROR: no matching hash"))
-    monkeypatch.setattr(emr.time, "sleep", fail)
+    while_it_waits(monkeypatch, fail)
     with pytest.raises(SystemExit, match=r"bootstrap action 1 returned .*\nIts logs: \S+/i-0abc/bootstrap-actions/1/"):
         call()
     said = capsys.readouterr()
