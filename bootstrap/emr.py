@@ -42,10 +42,8 @@ from cluster import find_cluster, job_settings, nodes
 from job import PART, Job, place_for, publish, published
 
 SECONDS = 5  # between two looks
-LOG_SECONDS = {
-    True: 60,
-    False: 360,
-}  # to wait for a log, which EMR brings to S3 within five minutes: when all is well, when not
+LOG_SECONDS = 60  # to wait for a log when all is well,
+LOG_SECONDS_OF_FAILURE = 360  # and when not; EMR brings it to S3 within five minutes
 LINES = 20  # of what a stage said last
 LOGGED = re.compile(r"\d\d[/:]\d\d[/:]\d\d.* (INFO|WARN) ")  # Spark's own lines
 HINTS = {
@@ -267,9 +265,7 @@ def run(job: Job, target: str, dry_run: bool) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is Ctrl-C, also where that is ignored
     with cloud.errors_in_words("submit"):
         settings = cloud.settings()
-        residency.require(
-            settings["region"], [], remotes={}
-        )  # whom we may ask; then, of all that data will go to, where it is
+        residency.require(settings["region"], [], remotes={})  # whom we may ask where data will go
         outputs = cloud.outputs(settings)
         service = SERVICES[target](settings, outputs)
         cache = os.environ.get("FEATURE_CACHE", "")
@@ -296,26 +292,26 @@ def run_there(job: Job, service: Service, bucket: "Bucket", cache: str, dry_run:
     with place_for(job) as (partial, _):
         found = service.find(name)
         if found and (not found[1].is_over or (found[1].is_sound and bucket.keys(there))):
-            run = found[0]
-            say(stage, f"run {run} of an earlier call is {found[1].state}; taking it up")
+            run_id = found[0]
+            say(stage, f"run {run_id} of an earlier call is {found[1].state}; taking it up")
         else:
             bucket.delete(there)  # what a run that failed has left
             say(stage, estimate(job, service))
-            run = service.start(name, conf, words, minutes=math.ceil(hours() * 60))
-        look = wait(service, run, stage)
+            run_id = service.start(name, conf, words, minutes=math.ceil(hours() * 60))
+        look = wait(service, run_id, stage)
         bucket.fetch(there, partial)
         publish(job, partial, look.is_sound)
     if not look.is_sound:
-        stderr = bucket.read_log(f"{look.logs}/stderr.gz", LOG_SECONDS[False])
+        stderr = bucket.read_log(f"{look.logs}/stderr.gz", LOG_SECONDS_OF_FAILURE)
         print(last_words(stderr), file=sys.stderr)
         hints = [hint for sign, hint in HINTS.items() if sign in stderr]
         raise SystemExit(
-            f"submit: {stage}: {' '.join([f'{run} is {look.state}.', look.reason, *hints])}\nIts logs: {look.logs}/"
+            f"submit: {stage}: {' '.join([f'{run_id} is {look.state}.', look.reason, *hints])}\nIts logs: {look.logs}/"
         )
     bucket.adopt(there, Path(job.output))
-    runtime.record(job, service.bill(run))
+    runtime.record(job, service.bill(run_id))
     bucket.delete(there)
-    said = bucket.read_log(f"{look.logs}/stdout.gz", LOG_SECONDS[True])
+    said = bucket.read_log(f"{look.logs}/stdout.gz", LOG_SECONDS)
     print(said or f"submit: what {stage} says will be in {look.logs}/stdout.gz", end="" if said else "\n")
     return 0
 

@@ -59,7 +59,8 @@ def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     for name, value in played.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(emr, "SECONDS", 0.05)
-    monkeypatch.setattr(emr, "LOG_SECONDS", {True: 0.2, False: 0.2})
+    monkeypatch.setattr(emr, "LOG_SECONDS", 0.2)
+    monkeypatch.setattr(emr, "LOG_SECONDS_OF_FAILURE", 0.2)
     monkeypatch.chdir(tmp_path)
     played.fresh()
     played.is_plain, played.is_paused = True, False
