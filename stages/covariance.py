@@ -37,7 +37,8 @@ MOMENTS = T.StructType(
         T.StructField("fold", T.IntegerType()),
         T.StructField("n", T.LongType()),
         T.StructField("mean", T.BinaryType()),  # float64, little-endian, of shape (n_features,)
-        T.StructField("scatter", T.BinaryType()),  # float64, little-endian, of shape (n_features, n_features)
+        # Float64, little-endian: the lower triangle of a symmetric matrix of shape (n_features, n_features), row by row.
+        T.StructField("scatter", T.BinaryType()),
     ]
 )
 FILES = 3  # of a block, at least: to move its sums takes as long as to make them from as many
@@ -48,8 +49,8 @@ class Moments(NamedTuple):
     """Of some rows: how many, their mean, and the sum of the outer products of their deviations from it."""
 
     n: int
-    mean: np.ndarray
-    scatter: np.ndarray
+    mean: np.ndarray  # float64, (n_features,)
+    scatter: np.ndarray  # float64, (n_features * (n_features + 1) / 2,)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -123,17 +124,22 @@ def moments_of(features: np.ndarray) -> Moments:
     wide = features.astype(np.float64)
     mean = wide.mean(axis=0)
     wide -= mean
-    return Moments(len(wide), mean, wide.T @ wide)
+    return Moments(len(wide), mean, lower_triangle(wide.T @ wide))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
     """Moments of the rows of both (Chan, Golub and LeVeque 1979, "Updating formulae", equation 2.1)."""
     n = a.n + b.n
     shift = b.mean - a.mean
-    scatter = np.outer(shift * (a.n * b.n / n), shift)
+    scatter = lower_triangle(np.outer(shift * (a.n * b.n / n), shift))
     scatter += a.scatter
     scatter += b.scatter
     return Moments(n, a.mean + shift * (b.n / n), scatter)
+
+
+def lower_triangle(matrix: np.ndarray) -> np.ndarray:
+    """Of a symmetric matrix: half as much to move, and to keep."""
+    return matrix[np.tri(len(matrix), dtype=bool)]
 
 
 def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
@@ -147,8 +153,7 @@ def to_batch(keys: dict[str, int], moments: Moments, schema: T.StructType) -> pa
 
 
 def from_row(row: dict[str, bytes]) -> Moments:
-    mean = np.frombuffer(row["mean"])
-    return Moments(int(row["n"]), mean, np.frombuffer(row["scatter"]).reshape(mean.size, mean.size))
+    return Moments(int(row["n"]), np.frombuffer(row["mean"]), np.frombuffer(row["scatter"]))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -303,9 +303,16 @@ def of_share(share: float) -> pc.Expression:
 def read_moments(covariance: str) -> dict[int, Moments]:
     rows = read(covariance).itertuples()
     return {
-        row.fold: Moments(row.n, np.frombuffer(row.mean), np.frombuffer(row.scatter).reshape(-1, len(row.mean) // 8))
+        row.fold: Moments(row.n, np.frombuffer(row.mean), to_square(np.frombuffer(row.scatter), len(row.mean) // 8))
         for row in rows
     }
+
+
+def to_square(triangle: np.ndarray, n: int) -> np.ndarray:
+    """The symmetric matrix of shape (n, n) with that lower triangle."""
+    square = np.zeros((n, n))
+    square[np.tri(n, dtype=bool)] = triangle
+    return square + np.tril(square, -1).T
 
 
 def read(folder: str, columns: list[str] | None = None) -> pd.DataFrame:

@@ -30,7 +30,8 @@ MOMENTS = T.StructType(
         T.StructField("fold", T.IntegerType()),
         T.StructField("n", T.LongType()),
         T.StructField("mean", T.BinaryType()),  # float64, little-endian, of shape (n_features,)
-        T.StructField("scatter", T.BinaryType()),  # float64, little-endian, of shape (n_features, n_features)
+        # Float64, little-endian: the lower triangle of a symmetric matrix of shape (n_features, n_features), row by row.
+        T.StructField("scatter", T.BinaryType()),
     ]
 )
 FEATURES = T.StructType(
@@ -95,9 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         ("scaling", scaling, SCALING),
         ("spectrum", spectrum, SPECTRUM),
     ):
-        spark.createDataFrame(table, schema).repartition(1).sortWithinPartitions(schema.names[0]).write.parquet(
-            f"{args.output}/model/{name}"
-        )
+        spark.createDataFrame(table, schema).coalesce(1).write.parquet(f"{args.output}/model/{name}")
 
     spark.conf.set("spark.sql.files.maxPartitionBytes", 1)  # a partition is a file,
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # and so is a row
@@ -135,8 +134,15 @@ def total_moments(folds: Sequence[Mapping[str, Any]]) -> tuple[int, np.ndarray, 
     counts = np.array([row["n"] for row in folds])
     mean = np.average(means, axis=0, weights=counts)
     shifts = (means - mean) * np.sqrt(counts)[:, None]
-    within = sum(np.frombuffer(row["scatter"]).reshape(mean.size, mean.size) for row in folds)
+    within = to_square(sum(np.frombuffer(row["scatter"]) for row in folds), mean.size)
     return int(counts.sum()), mean, within + shifts.T @ shifts
+
+
+def to_square(triangle: np.ndarray, n: int) -> np.ndarray:
+    """The symmetric matrix of shape (n, n) with that lower triangle."""
+    square = np.zeros((n, n))
+    square[np.tri(n, dtype=bool)] = triangle
+    return square + np.tril(square, -1).T
 
 
 def fit(n: int, mean: np.ndarray, scatter: np.ndarray, scale: str) -> PCA:

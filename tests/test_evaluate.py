@@ -16,7 +16,7 @@ from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from stages import baseline, covariance, evaluate, reduce
+from stages import baseline, evaluate, reduce
 
 N_FEATURES = 6
 LABELS = ("apple", "banana", "cherry")
@@ -55,16 +55,22 @@ def write(table: pd.DataFrame, folder: Path) -> None:
     pq.write_table(pa.table(columns), folder / "part-00000.parquet")
 
 
+def moments_of(features: np.ndarray) -> evaluate.Moments:
+    wide = features.astype(np.float64)
+    return evaluate.Moments(len(wide), wide.mean(axis=0), np.cov(wide, rowvar=False, ddof=0) * len(wide))
+
+
 def write_inputs(folder: Path, images: pd.DataFrame, k: int, scale: str = "none", n_quarantined: int = 0) -> list[str]:
     """What the stages before write for these images; the places that evaluate takes."""
     write(images.drop(columns="features"), folder / "ingested" / "images")
     quarantine = pd.DataFrame({"path": [f"bad/{i}.jpg" for i in range(n_quarantined)]}, dtype=object)
     write(quarantine, folder / "ingested" / "quarantine")
     write(images.drop(columns="thumbnail"), folder / "features")
-    moments = {fold: covariance.moments_of(np.stack(rows["features"])) for fold, rows in images.groupby("fold")}
-    rows = [(fold, n, mean.tobytes(), scatter.tobytes()) for fold, (n, mean, scatter) in moments.items()]
+    moments = {fold: moments_of(np.stack(rows["features"])) for fold, rows in images.groupby("fold")}
+    lower = np.tril_indices(N_FEATURES)
+    rows = [(fold, n, mean.tobytes(), scatter[lower].tobytes()) for fold, (n, mean, scatter) in moments.items()]
     write(pd.DataFrame(rows, columns=["fold", "n", "mean", "scatter"]), folder / "covariance")
-    whole = covariance.moments_of(np.stack(images["features"]))
+    whole = moments_of(np.stack(images["features"]))
     pca = reduce.fit(*whole, scale)
     spectrum = reduce.spectrum_of(pca.explained_variance)
     write(spectrum, folder / "reduced" / "model" / "spectrum")
@@ -169,26 +175,26 @@ def test_a_linear_probe_of_one_label_gives_that_label() -> None:
 def test_components_of_a_fold_are_those_of_scikit_learn_up_to_sign(scale: str) -> None:
     features = np.stack(make_images()["features"]).astype(np.float64)
     oracle = PCA(svd_solver="full").fit(StandardScaler(with_std=scale == "standard").fit_transform(features))
-    basis = evaluate.fit(evaluate.Moments(*covariance.moments_of(features)), scale == "standard")
+    basis = evaluate.fit(moments_of(features), scale == "standard")
     # 1e-9: the oracle decomposes the data, the stage their covariance, which squares the rounding.
     np.testing.assert_allclose(np.abs(basis.components @ oracle.components_.T), np.eye(N_FEATURES), atol=1e-9)
 
 
 def test_a_fold_of_few_images_has_one_component_less_than_images() -> None:
     features = np.stack(make_images(4)["features"])
-    assert evaluate.fit(evaluate.Moments(*covariance.moments_of(features)), False).components.shape == (3, N_FEATURES)
+    assert evaluate.fit(moments_of(features), False).components.shape == (3, N_FEATURES)
 
 
 def test_a_fold_of_one_image_still_has_a_component() -> None:
     features = np.stack(make_images(1)["features"])
-    assert evaluate.fit(evaluate.Moments(*covariance.moments_of(features)), False).components.shape == (1, N_FEATURES)
+    assert evaluate.fit(moments_of(features), False).components.shape == (1, N_FEATURES)
 
 
 @pytest.mark.parametrize("scale", ["none", "standard"])
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_the_held_out_error_is_the_direct_sum_over_all_rows(k: int, scale: str) -> None:
     train, test = np.split(np.stack(make_images(100)["features"]).astype(np.float64), [45])
-    moments = [evaluate.Moments(*covariance.moments_of(rows)) for rows in (train, test)]
+    moments = [moments_of(rows) for rows in (train, test)]
     scaler = StandardScaler(with_std=scale == "standard").fit(train)
     pca = PCA(k, svd_solver="full").fit(scaler.transform(train))
     rows = scaler.transform(test)

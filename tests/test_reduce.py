@@ -82,7 +82,7 @@ def write_features(folder: Path, features: np.ndarray, n_files: int) -> str:
 def rows_of(folds: list[np.ndarray]) -> list[Row]:
     """Rows of MOMENTS."""
     return [
-        Row(fold=fold, n=n, mean=mean.tobytes(), scatter=scatter.tobytes())
+        Row(fold=fold, n=n, mean=mean.tobytes(), scatter=scatter[np.tril_indices(len(mean))].tobytes())
         for fold, (n, mean, scatter) in enumerate(map(moments_of, folds))
     ]
 
