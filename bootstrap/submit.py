@@ -37,8 +37,11 @@ BOOTSTRAP = Path(__file__).resolve().parent
 TARGETS = ("local", "emr", "emr-serverless")
 LOGGING = (BOOTSTRAP / "log4j2.properties").as_uri()
 JAVA_VERSIONS = (17, 21)  # what Spark 4.0 runs on
-# Greetings of Java and of TensorFlow that no log level silences.
-NOISE = re.compile(rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f")
+# Greetings of Java and of TensorFlow that no log level silences; and 64 components of 2,048 features make a task of 1 MB.
+NOISE = re.compile(
+    rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f"
+    rb"|contains a task of very large size"
+)
 HINTS = {
     b"No space left on device": "the disk is full: free some space, or set SPARK_LOCAL_DIRS (for Spark's files) or "
     "FEATURE_CACHE to another",

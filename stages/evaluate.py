@@ -35,6 +35,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import scipy.linalg
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -138,13 +139,12 @@ def evaluate_fold(
     is_test = ~is_train & sample["label"].isin(sample["label"][is_train]).to_numpy()
     if not is_train.any() or not is_test.any():
         return None
-    basis = fit(moments[1 - test_fold], is_scaled)
+    basis = fit(moments[1 - test_fold], is_scaled, max(k, *curve))
     k = min(k, len(basis.components))
     ks = sorted({*(each for each in curve if each <= len(basis.components)), k})
-    largest = basis._replace(components=basis.components[: ks[-1]])
 
     train, test = sample[is_train], sample[is_test]
-    embedding = (project(features[is_train], largest), project(features[is_test], largest))
+    embedding = (project(features[is_train], basis), project(features[is_test], basis))
     steps.update()
     labels, truth = train["label"].to_numpy(), test["label"].to_numpy()
     by_k = nearest(*embedding, ks)
@@ -176,12 +176,13 @@ def evaluate_fold(
     }
 
 
-def fit(moments: Moments, is_scaled: bool) -> Basis:
-    """Principal components of one fold: those of the stage reduce, of the fold alone."""
+def fit(moments: Moments, is_scaled: bool, max_components: int) -> Basis:
+    """The first principal components of one fold: those of the stage reduce, of the fold alone."""
     n, mean, scatter = moments
     deviation = np.sqrt(np.diag(scatter) / max(n - 1, 1))
     scale = np.where(deviation > 0, deviation, 1.0) if is_scaled else np.ones_like(mean)
-    variance, vectors = np.linalg.eigh(scatter / np.outer(scale, scale))
+    wanted = (max(0, mean.size - max_components), mean.size - 1)
+    variance, vectors = scipy.linalg.eigh(scatter / np.outer(scale, scale), subset_by_index=wanted)
     rank = max(1, int(np.sum(variance > variance[-1] * mean.size * np.finfo(np.float64).eps)))
     return Basis(mean, scale, vectors.T[::-1][: min(rank, max(n - 1, 1))])
 

@@ -71,14 +71,12 @@ def main(argv: list[str] | None = None) -> None:
         SparkSession.builder.appName("featurize")
         # A batch of rows is a batch of the backbone: a worker's memory does not grow with the number of images.
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", args.batch_size)
+        .config("spark.sql.execution.arrow.pyspark.enabled", True)  # a graph of 100 MB is read in half the time
         .config("spark.sql.adaptive.enabled", False)  # it would merge tasks whose rows are small but dear
         .config("spark.ui.showConsoleProgress", False)  # `progress` says more
         .getOrCreate()
     )
     backbone = json.loads(read_bytes(spark, f"{args.backbone}/backbone.json"))
-    graph = read_bytes(spark, f"{args.backbone}/graph.pb")
-    if hashlib.sha256(graph).hexdigest() != backbone["graph_sha256"]:
-        raise SystemExit(f"featurize: {args.backbone}/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`.")
     images = spark.read.schema(IMAGES).parquet(f"{args.ingested}/images")
     keys = images.drop("content").persist()  # and Spark knows how large it is: small enough, no join shuffles features
     n_images = keys.count()
@@ -90,6 +88,11 @@ def main(argv: list[str] | None = None) -> None:
     missing = missing_ids(keys, heal(spark, cache, backbone["n_features"])).persist()
     n_missing = missing.count()
     if n_missing:
+        graph = read_bytes(spark, f"{args.backbone}/graph.pb")
+        if hashlib.sha256(graph).hexdigest() != backbone["graph_sha256"]:
+            raise SystemExit(
+                f"featurize: {args.backbone}/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`."
+            )
         passes = spark.sparkContext.accumulator(0)
         network = spark.sparkContext.broadcast({"graph": graph})
         work = spread(images.join(missing, "content_id", "left_semi"), n_missing)
@@ -309,8 +312,8 @@ def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
 
 
 def read_bytes(spark: SparkSession, path: str) -> bytes:
-    (row,) = spark.read.format("binaryFile").load(path).select("content").collect()
-    return bytes(row.content)
+    file: Any = spark.read.format("binaryFile").load(path).select("content").toPandas()
+    return bytes(file.at[0, "content"])
 
 
 def positive(text: str) -> int:

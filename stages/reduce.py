@@ -134,7 +134,7 @@ def total_moments(folds: Sequence[Mapping[str, Any]]) -> tuple[int, np.ndarray, 
     counts = np.array([row["n"] for row in folds])
     mean = np.average(means, axis=0, weights=counts)
     shifts = (means - mean) * np.sqrt(counts)[:, None]
-    within = to_square(sum(np.frombuffer(row["scatter"]) for row in folds), mean.size)
+    within = to_square(np.sum([np.frombuffer(row["scatter"]) for row in folds], axis=0), mean.size)
     return int(counts.sum()), mean, within + shifts.T @ shifts
 
 

@@ -175,19 +175,25 @@ def test_a_linear_probe_of_one_label_gives_that_label() -> None:
 def test_components_of_a_fold_are_those_of_scikit_learn_up_to_sign(scale: str) -> None:
     features = np.stack(make_images()["features"]).astype(np.float64)
     oracle = PCA(svd_solver="full").fit(StandardScaler(with_std=scale == "standard").fit_transform(features))
-    basis = evaluate.fit(moments_of(features), scale == "standard")
+    basis = evaluate.fit(moments_of(features), scale == "standard", N_FEATURES)
     # 1e-9: the oracle decomposes the data, the stage their covariance, which squares the rounding.
     np.testing.assert_allclose(np.abs(basis.components @ oracle.components_.T), np.eye(N_FEATURES), atol=1e-9)
 
 
+def test_the_first_components_of_a_fold_are_the_first_of_all() -> None:
+    moments = moments_of(np.stack(make_images()["features"]))
+    two, all_ = (evaluate.fit(moments, False, n).components for n in (2, N_FEATURES))
+    np.testing.assert_allclose(np.abs(two @ all_.T), np.eye(2, N_FEATURES), atol=1e-9)
+
+
 def test_a_fold_of_few_images_has_one_component_less_than_images() -> None:
     features = np.stack(make_images(4)["features"])
-    assert evaluate.fit(moments_of(features), False).components.shape == (3, N_FEATURES)
+    assert evaluate.fit(moments_of(features), False, N_FEATURES).components.shape == (3, N_FEATURES)
 
 
 def test_a_fold_of_one_image_still_has_a_component() -> None:
     features = np.stack(make_images(1)["features"])
-    assert evaluate.fit(moments_of(features), False).components.shape == (1, N_FEATURES)
+    assert evaluate.fit(moments_of(features), False, N_FEATURES).components.shape == (1, N_FEATURES)
 
 
 @pytest.mark.parametrize("scale", ["none", "standard"])
@@ -199,7 +205,7 @@ def test_the_held_out_error_is_the_direct_sum_over_all_rows(k: int, scale: str) 
     pca = PCA(k, svd_solver="full").fit(scaler.transform(train))
     rows = scaler.transform(test)
     lost = np.sum((rows - pca.inverse_transform(pca.transform(rows))) ** 2)
-    basis = evaluate.fit(moments[0], scale == "standard")
+    basis = evaluate.fit(moments[0], scale == "standard", k)
     # 1e-10: both are shares of 1 in float64; one is a difference of sums, the other a sum of differences.
     assert evaluate.held_out_error(moments[1], basis, k) == pytest.approx(lost / np.sum(rows**2), abs=1e-10)
 
