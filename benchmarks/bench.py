@@ -12,7 +12,7 @@ limit      benchmarks/bare.py, and the stage featurize on the same number of ima
 pca        covariance and reduce, benchmarks/field.py and scikit-learn in memory, on 22,688 rows of 2,048 random features
 growth     the whole by `dvc` from 1,000 to 20,000 images, ingest of up to 100,000 files, covariance and reduce of up to
            1,000,000 rows of 256 features: seconds, and the memory of the driver, the JVM and the workers
-executors  featurize with one executor of one core, and with two
+executors  featurize with one executor of one core, and with two; benchmarks/bare.py likewise
 """
 
 import argparse
@@ -138,8 +138,7 @@ def limit(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
     seconds: Seconds = {}
     bare: list[dict[str, Any]] = []
     for _ in range(n_rounds):
-        command = ("benchmarks/bare.py", folder / "some/images", folder / "backbone", "--precision", PRECISION)
-        bare.append(json.loads(run(sys.executable, *command, "--n_images", N_LIMIT).splitlines()[-1]))
+        bare.append(bare_loop(folder))
         seconds.setdefault("bare loop, start-up apart", []).append(N_LIMIT / bare[-1]["images_per_second"])
         one, some = featurize("one"), featurize("some")
         seconds.setdefault("featurize, start-up apart", []).append(some - one)
@@ -166,13 +165,12 @@ def executors(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
             name = f"featurize, {n} executor{'s'[: n - 1]} of one core"
             seconds.setdefault(f"{name}: start-up", []).append(took["one"])
             seconds.setdefault(f"{name}: {N_LIMIT:,} images, start-up apart", []).append(took["some"] - took["one"])
-    _, one, _, two = seconds
-    return {
-        "images": N_LIMIT,
-        "precision": PRECISION,
-        "seconds": seconds,
-        "ratios": {"two": round(ratio(seconds, one, two), 2)},
-    }
+            name = f"bare loop, {n} core{'s'[: n - 1]}: {N_LIMIT:,} images, start-up apart"
+            rate = bare_loop(folder, "--n_cores", n)["images_per_second"]
+            seconds.setdefault(name, []).append(N_LIMIT / rate)
+    _, one, bare_one, _, two, bare_two = seconds
+    ratios = {"two": round(ratio(seconds, one, two), 2), "two, bare": round(ratio(seconds, bare_one, bare_two), 2)}
+    return {"images": N_LIMIT, "precision": PRECISION, "seconds": seconds, "ratios": ratios}
 
 
 def prepare_featurize(images: Path, folder: Path) -> Callable[..., float]:
@@ -197,6 +195,13 @@ def prepare_featurize(images: Path, folder: Path) -> Callable[..., float]:
         return took
 
     return featurize
+
+
+def bare_loop(folder: Path, *flags: object) -> dict[str, Any]:
+    """What benchmarks/bare.py says of the images and the network that prepare_featurize has put there."""
+    places = (folder / "some/images", folder / "backbone")
+    said = run(sys.executable, "benchmarks/bare.py", *places, "--precision", PRECISION, "--n_images", N_LIMIT, *flags)
+    return json.loads(said.splitlines()[-1])
 
 
 def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
