@@ -29,14 +29,15 @@ def test_metrics_diff_shows_what_another_k_costs(clone: Path) -> None:
 
 
 def test_two_runs_at_once_share_a_cache_and_write_the_same_bytes(clone: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    run("cp", "-a", str(clone), str(other), cwd=tmp_path)
+    folders = (tmp_path / "one", tmp_path / "two")
+    for folder in folders:
+        run("cp", "-a", str(clone), str(folder), cwd=tmp_path)
     command = ("dvc", "exp", "run", "-S", "featurize.batch_size=5", "featurize")
     with ThreadPoolExecutor() as together:  # from a cache that has nothing yet
-        one, two = together.map(lambda folder: run(*command, cwd=folder, FEATURE_CACHE=f"{tmp_path}/cache"), (clone, other))
+        one, two = together.map(lambda folder: run(*command, cwd=folder, FEATURE_CACHE=f"{tmp_path}/cache"), folders)
     assert "Running stage 'featurize'" in one
     assert "Running stage 'featurize'" in two
-    one, two = (yaml.safe_load((folder / "dvc.lock").read_text())["stages"]["featurize"] for folder in (clone, other))
+    one, two = (yaml.safe_load((folder / "dvc.lock").read_text())["stages"]["featurize"] for folder in folders)
     assert one == two
 
 
