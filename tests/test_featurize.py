@@ -545,6 +545,8 @@ def test_an_image_that_is_moved_has_its_new_label(runs: dict[str, Run]) -> None:
 @pytest.mark.slow
 def test_a_graph_that_is_not_the_described_one_ends_the_run(graph: bytes, contents: list[bytes], tmp_path: Path) -> None:
     place = Workplace(tmp_path, graph)
+    place.add("Apple/0.png", contents[0])
+    place.ingest()
     (tmp_path / "backbone" / "graph.pb").write_bytes(graph + b"\0")
     done = place.featurize()
     assert done.returncode == 1
