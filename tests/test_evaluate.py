@@ -17,6 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from stages import baseline, evaluate, reduce
+from tests import test_reduce
 
 N_FEATURES = 6
 LABELS = ("apple", "banana", "cherry")
@@ -56,8 +57,7 @@ def write(table: pd.DataFrame, folder: Path) -> None:
 
 
 def moments_of(features: np.ndarray) -> evaluate.Moments:
-    wide = features.astype(np.float64)
-    return evaluate.Moments(len(wide), wide.mean(axis=0), np.cov(wide, rowvar=False, ddof=0) * len(wide))
+    return evaluate.Moments(*test_reduce.moments_of(features))
 
 
 def write_inputs(folder: Path, images: pd.DataFrame, k: int, scale: str = "none", n_quarantined: int = 0) -> list[str]:
