@@ -15,18 +15,18 @@ help: ## list the targets
 
 run: .venv/run identity ## images to features, PCA and its metrics; only what changed is computed
 	@dvc repro
-	@python reports/report.py $(REPORT)
+	@python -m reports.report $(REPORT)
 	@printf '\n'; cat reports/evaluation/summary.txt
 	@printf '\nSee:   reports/report.html\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
 
 report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their runs beside this one's
-	@python reports/report.py $(REPORT) $(REVISIONS)
+	@python -m reports.report $(REPORT) $(REVISIONS)
 
 experiments: .venv/run ## what was tried, side by side
 	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|reduce.k|reduce.scale)$$' --sort-by reduce.k
 
 bench: .venv/dev ## what it takes, against other ways; IMAGES=FOLDER of some 10,000 photographs; half an hour of a quiet machine
-	@python benchmarks/bench.py $(IMAGES)
+	@python -m benchmarks.bench $(IMAGES)
 
 test: .venv/dev ## what takes minutes; run it before each commit
 	@pytest
@@ -35,7 +35,7 @@ test-slow: .venv/dev ## the rest: the whole pipeline, real networks, killed runs
 	@pytest -m slow
 
 test-release: .venv/dev ## the stages under the Spark of RELEASE (emr-7.13.0 unless set), whose packages it installs
-	@python tests/releases.py $(RELEASE)
+	@python -m tests.releases $(RELEASE)
 
 lint: .venv/dev ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy
@@ -49,31 +49,31 @@ cache-clear: ## empty the feature cache; what is wanted again is computed again
 
 remote: .venv/run ## DVC's remote on S3, to share data and results; BUCKET=name, in the EU
 	@test -n "$(BUCKET)" || { echo 'remote: say which bucket: make remote BUCKET=name'; exit 1; }
-	@python bootstrap/residency.py $(BUCKET)
+	@python -m bootstrap.aws.residency $(BUCKET)
 	@dvc remote add --quiet --default --force storage s3://$(BUCKET)/dvc
-	@dvc remote modify storage region $$(cd bootstrap && python -c 'import cloud; print(cloud.settings()["region"])')
+	@dvc remote modify storage region $$(python -c 'from bootstrap.aws import cloud; print(cloud.settings()["region"])')
 	@printf '\nSee:   .dvc/config\nNext:  dvc push\n'
 
 residency: .venv/run ## whether all data stays in the EU, as a table to file
-	@python bootstrap/residency.py
+	@python -m bootstrap.aws.residency
 
-cloud-setup: .venv/run ## on AWS: bucket, network and roles, in the region of bootstrap/cluster.yaml; costs nothing by the hour
-	@python bootstrap/infrastructure.py up
+cloud-setup: .venv/run ## on AWS: bucket, network and roles, in the region of bootstrap/aws/cluster.yaml; costs nothing by the hour
+	@python -m bootstrap.aws.infrastructure up
 
 wheelhouse: .venv/run ## on AWS: Python for the nodes of a cluster; RELEASE=emr-7.13.0 for another release than the default
-	@python bootstrap/wheelhouse.py $(if $(RELEASE),--release $(RELEASE))
+	@python -m bootstrap.aws.wheelhouse $(if $(RELEASE),--release $(RELEASE))
 
-cloud-up: .venv/run ## on AWS: rent the cluster of bootstrap/cluster.yaml; says what it costs
-	@python bootstrap/cluster.py up $(if $(RELEASE),--release $(RELEASE))
+cloud-up: .venv/run ## on AWS: rent the cluster of bootstrap/aws/cluster.yaml; says what it costs
+	@python -m bootstrap.aws.cluster up $(if $(RELEASE),--release $(RELEASE))
 
 cloud-status: .venv/run ## on AWS: the cluster, its nodes, what it has cost
-	@python bootstrap/cluster.py status
+	@python -m bootstrap.aws.cluster status
 
 cloud-down: .venv/run ## on AWS: give the cluster back
-	@python bootstrap/cluster.py down
+	@python -m bootstrap.aws.cluster down
 
 cloud-delete: .venv/run ## on AWS: delete what cloud-setup made, but not the bucket
-	@python bootstrap/infrastructure.py down
+	@python -m bootstrap.aws.infrastructure down
 
 identity: # DVC's experiments are commits, and git makes none of nobody
 	@git config user.email > /dev/null || { git config user.name "$${USER:-nobody}" && git config user.email "$${USER:-nobody}@localhost" \
@@ -81,7 +81,7 @@ identity: # DVC's experiments are commits, and git makes none of nobody
 
 check: # what the machine must have, said before anything else fails
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit(f"Python 3.11, 3.12 or 3.13 is needed, and {sys.executable} is {sys.version.split()[0]}. Set PYTHON, as in: make PYTHON=python3.11 run")'
-	@$(PYTHON) bootstrap/submit.py --check
+	@$(PYTHON) -m bootstrap.java
 
 .venv/run: requirements.txt constraints.txt | check
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,6 +1,6 @@
 """What this machine can do without Spark: one process, the frozen graph, and below it the arithmetic itself.
 
-usage: bare.py IMAGES BACKBONE [--precision bfloat16] [--batch_size 8] [--n_images 1000] [--n_cores N]
+usage: python -m benchmarks.bare IMAGES BACKBONE [--precision bfloat16] [--batch_size 8] [--n_images 1000] [--n_cores N]
 
 Each core has a network of its own, for which it decodes and resizes photographs, with the functions of the stage featurize.
 The limit is that of large products of matrices in each precision, on all cores. Prints one line of JSON: images a second
@@ -10,7 +10,6 @@ The limit is that of large products of matrices in each precision, on all cores.
 import argparse
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,8 +19,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from stages.featurize import settings, to_pixels
 

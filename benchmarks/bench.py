@@ -1,6 +1,6 @@
 """The pipeline against published scripts, the bare network and other PCAs, and as images, rows and executors grow.
 
-usage: bench.py IMAGES [--n_rounds N] [--only whole limit pca growth executors]
+usage: python -m benchmarks.bench IMAGES [--n_rounds N] [--only whole limit pca growth executors]
 
 IMAGES is a folder of JPEGs, a folder for each label. Both sides of a comparison run in turn, as many rounds as the section
 has (ROUNDS); let nothing else run meanwhile. Writes benchmarks/results.json, a section at a time, and from it the tables of
@@ -37,12 +37,10 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageOps
 
+from benchmarks.growing import copy_images, distinct_images, machine, submit
+from bootstrap.local import memory_mb
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bootstrap")]
-
-from benchmarks.growing import copy_images, distinct_images, machine, submit  # noqa: E402
-from submit import memory_mb  # noqa: E402
-
 RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
@@ -201,7 +199,7 @@ def prepare_featurize(images: Path, folder: Path, n_images: int) -> Callable[...
 def bare_loop(folder: Path, n_images: int, *flags: object) -> dict[str, Any]:
     """What benchmarks/bare.py says of the images and the network that prepare_featurize has put there."""
     places = (folder / "some/images", folder / "backbone")
-    said = run(sys.executable, "benchmarks/bare.py", *places, "--precision", PRECISION, "--n_images", n_images, *flags)
+    said = run(sys.executable, "-m", "benchmarks.bare", *places, "--precision", PRECISION, "--n_images", n_images, *flags)
     return json.loads(said.splitlines()[-1])
 
 

@@ -34,10 +34,10 @@ import numpy as np
 import pyarrow.dataset as ds
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from bootstrap.parameters import flags
+from stages.covariance import merge, moments_of, to_matrix
 
-from stages.covariance import merge, moments_of, to_matrix  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 RUNS = ("start-up", "full", "added")
 N_SHORT = 3  # runs of start-up and added for each of full
@@ -93,10 +93,19 @@ def measure(
 def submit(folder: Path, stage: str, *places_and_flags: Any, **environment: str) -> tuple[str, float]:
     """What the stage said, and its seconds from start to end."""
     *places, section = places_and_flags
-    flags = [word for key, value in section.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, ROOT / "bootstrap/submit.py", ROOT / f"stages/{stage}.py", *places, *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "bootstrap.submit",
+        "spark-submit",
+        ROOT / f"stages/{stage}.py",
+        *places,
+        *flags(section),
+    ]
     started = time.monotonic()
-    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr)
     return done.stdout, time.monotonic() - started

@@ -1,45 +1,82 @@
-"""What running a stage has in common wherever it runs: its command line, and how its output is published."""
+"""What a run of a stage has in common wherever it runs: its command line, its lock, its output, digests of files."""
 
 import fcntl
+import hashlib
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+PROGRAMS = ("spark-submit", "python")
 PART = re.compile(r"(?:^|/)part-\d+[^/]*\.parquet$")  # as Spark names it
 
 
 class Job(NamedTuple):
-    """One stage's command line: places, then parameters."""
+    """One stage's command line: the program that runs it, its file, its places, its parameters."""
 
+    program: str  # one of PROGRAMS
     stage: str
     inputs: list[str]
     output: str
     flags: list[str]
 
+    @property
+    def name(self) -> str:
+        """The stage's name, which its file has."""
+        return Path(self.stage).stem
+
+    @property
+    def words(self) -> list[str]:
+        """The command line as dvc.yaml has it."""
+        return [self.program, self.stage, *self.inputs, self.output, *self.flags]
+
+
+class Outcome(NamedTuple):
+    """How a job ended."""
+
+    status: int  # 0 if well
+    # Called once the output is published: where, cores, seconds of work, and what it cost (see runtime.record).
+    settle: Callable[[], Mapping[str, Any]]
+    message: str = ""  # why it ended badly, for people
+
+
+class Runner(Protocol):
+    """What runs jobs: this machine, or a service elsewhere."""
+
+    def command(self, job: Job) -> list[str]:
+        """The command that would run the job."""
+
+    def run(self, job: Job, partial: Path, lock: int) -> Outcome:
+        """Run the job, which writes to `partial` instead of its output.
+
+        Parameters
+        ----------
+        lock : file descriptor; a process that inherits it keeps other runs out of the folder as long as it lives
+        """
+
 
 @contextmanager
-def place_for(job: Job) -> Iterator[tuple[Path, int]]:
-    """The folder beside the job's output that it writes to, not there yet, and the lock that keeps others away from it."""
-    partial = beside(job.output, "partial")
+def workplace(job: Job) -> Iterator[tuple[Path, int]]:
+    """Yield the path that the job writes to, beside its output and not there yet, and the lock that keeps others away."""
+    partial = sibling(job.output, "partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with alone(partial.parent) as lock:
-        for leftover in (partial, beside(job.output, "failed")):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with lock_folder(partial.parent) as lock:
+        for leftover in (partial, sibling(job.output, "failed")):
+            remove(leftover)
         yield partial, lock
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[int]:
-    """Wait until nobody else is at work in the folder, and keep others waiting.
+def lock_folder(folder: Path) -> Iterator[int]:
+    """Wait until no other run works in the folder, then keep others waiting.
 
-    Yields the lock's file descriptor. Who inherits it holds the lock too: when this process is killed, the Spark that it
-    started goes on, and must not be joined by another that writes the same files.
+    Yields the lock's file descriptor. A process that inherits it holds the lock too: when this process is killed, the
+    stage that it started goes on, and no other may write the same files meanwhile.
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -56,47 +93,82 @@ def alone(folder: Path) -> Iterator[int]:
 
 
 def publish(job: Job, partial: Path, is_sound: bool) -> None:
-    """Give what a stage wrote its name, if it ended well; keep the tables that were whole apart, if not."""
-    failed = beside(job.output, "failed")
+    """Rename what the job wrote to its output, if it ended well; if not, keep apart those tables that are whole."""
+    failed = sibling(job.output, "failed")
     tables = [marker.parent for marker in partial.rglob("_SUCCESS")]
     for table in tables:
-        tidy(table)
+        canonicalize(table)
     if is_sound:
-        shutil.rmtree(job.output, ignore_errors=True)
+        if not partial.exists():
+            raise SystemExit(f"submit: {job.name} ended well but wrote no {job.output}; the earlier one is left as it was")
+        remove(Path(job.output))
         partial.rename(job.output)
     elif tables:
         for table in tables:
             (failed / table.relative_to(partial)).parent.mkdir(parents=True, exist_ok=True)
             table.rename(failed / table.relative_to(partial))
         print(f"submit: the tables that were whole when it failed are in {failed}", file=sys.stderr)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
 
 
-def beside(output: str, suffix: str) -> Path:
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sibling(output: str, suffix: str) -> Path:
+    """Add a suffix to the name of an output."""
     path = Path(output)
     return path.with_name(f"{path.name}.{suffix}")
 
 
-def published(part: str) -> str:
-    """The name of a part without Spark's random one, such as part-00000.parquet."""
+def published_name(part: str) -> str:
+    """Strip Spark's random name from a part's: what is left is such as part-00000.parquet."""
     return re.sub(r"(part-\d+)[^/]*$", r"\1.parquet", part)
 
 
-def tidy(table: Path) -> None:
+def canonicalize(table: Path) -> None:
     """Leave nothing in a table's folder but its parts, with bytes and names that follow from their rows alone.
 
     parquet-java writes some lists of a footer in the order of identity hashes, so that equal tables differ by a few bytes
     (apache/parquet-java 3215), and names its version. Written again by pyarrow, a table is the same file whatever Spark
     it came from.
     """
-    import pyarrow.parquet as pq  # not needed, and perhaps not there yet, for --check
+    import pyarrow.parquet as pq  # slow to import, and stages without Spark write no such table
 
     def write_again(part: Path) -> None:
         rows = pq.read_table(part, use_threads=False).replace_schema_metadata()
-        pq.write_table(rows, table / published(part.name), compression="snappy", use_dictionary=False, row_group_size=2048)
+        pq.write_table(
+            rows, table / published_name(part.name), compression="snappy", use_dictionary=False, row_group_size=2048
+        )
         part.unlink()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write_again, table.glob("part-*.parquet")))
     for other in [*table.glob("_*"), *table.glob(".*")]:
         other.unlink()
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Find each file below the folder: its path by the same path relative to the folder, sorted."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def digest_of_files(files: Mapping[str, Path]) -> str:
+    """Hash the names and the contents of files, as files_of gives them."""
+    with ThreadPoolExecutor() as pool:
+        return digest_of(f"{name} {content}" for name, content in zip(files, pool.map(sha256, files.values()), strict=True))
+
+
+def digest_of(lines: Iterable[str]) -> str:
+    """Hash lines of text: SHA-256, hexadecimal."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Hash a file's bytes: SHA-256, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

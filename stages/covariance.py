@@ -12,9 +12,9 @@ numbers; no image or feature is looked at again.
 import argparse
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -156,11 +156,23 @@ def from_row(row: dict[str, bytes]) -> Moments:
     return Moments(int(row["n"]), np.frombuffer(row["mean"]), np.frombuffer(row["scatter"]))
 
 
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Make a parser of numbers of that kind, from low to high, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
+    return number
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("features")
     parser.add_argument("output")
-    parser.add_argument("--max_blocks", type=int, required=True, help="partial sums, at most")
+    parser.add_argument("--max_blocks", type=between(int, 1, 4096), required=True, help="partial sums, at most")
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -339,8 +339,23 @@ def provenance(image_id: str, label: str, name: str, group_pattern: str, fold_pa
 
 
 def regex(text: str) -> str:
-    re.compile(text)
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
     return text
+
+
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Make a parser of numbers of that kind, from low to high, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
+    return number
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -349,10 +364,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("output")
     parser.add_argument("--group_pattern", type=regex, required=True, help="regular expression for a file's name")
     parser.add_argument("--fold_pattern", type=regex, required=True, help="a file whose name matches is in fold 1")
-    parser.add_argument("--max_pixels", type=int, required=True, help="width x height of an image, at most")
-    parser.add_argument("--max_file_mb", type=int, required=True, help="MiB of an image's file, at most")
-    parser.add_argument("--max_quarantine_ratio", type=float, required=True, help="share of files refused, at most")
-    parser.add_argument("--file_size_mb", type=int, required=True, help="MiB of images in an output file, about")
+    parser.add_argument(
+        "--max_pixels", type=between(int, 1, 2**31 - 1), required=True, help="width x height of an image, at most"
+    )
+    parser.add_argument("--max_file_mb", type=between(int, 1, 2047), required=True, help="MiB of an image's file, at most")
+    parser.add_argument(
+        "--max_quarantine_ratio", type=between(float, 0, 1), required=True, help="share of files refused, at most"
+    )
+    parser.add_argument(
+        "--file_size_mb", type=between(int, 1, 4096), required=True, help="MiB of images in an output file, about"
+    )
     return parser.parse_args(argv)
 
 

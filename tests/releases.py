@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bootstrap")]
 
 import cloud  # noqa: E402
 import wheelhouse  # noqa: E402
+
 from tests.test_contract import PARAMS, SPARK_STAGES, flags  # noqa: E402
 
 PLACES = {

@@ -7,16 +7,16 @@ from typing import Any
 
 import boto3
 import botocore.session
+import cloud
+import cluster
+import cost
 import pytest
+import residency
+import wheelhouse
 import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
 
-import cloud
-import cluster
-import cost
-import residency
-import wheelhouse
 from tests.conftest import ROOT
 
 SETTINGS = cloud.settings()

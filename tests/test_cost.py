@@ -3,10 +3,9 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import pytest
-
 import cloud
 import cost
+import pytest
 
 START = datetime(2026, 11, 25, 8, tzinfo=UTC)
 # Round numbers, so that each expectation can be checked by eye.

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import emr
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -19,7 +20,6 @@ from botocore.exceptions import EndpointConnectionError
 from moto.emr.exceptions import ValidationException
 from moto.emr.responses import ElasticMapReduceResponse
 
-import emr
 import submit
 from tests.aws import BUCKET, REGION, SECRET, Aws, aws, keys
 from tests.conftest import ROOT, run

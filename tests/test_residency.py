@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import cloud
 import moto
 import pytest
+import residency
 import yaml
 from botocore.exceptions import ClientError
-
-import cloud
-import residency
 from residency import Finding
 
 PARIS, IRELAND, VIRGINIA, ZURICH = "eu-west-3", "eu-west-1", "us-east-1", "eu-central-2"

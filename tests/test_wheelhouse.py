@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import pytest
-from moto import mock_aws
-
 import cloud
+import pytest
 import residency
 import wheelhouse
+from moto import mock_aws
+
 from tests.conftest import ROOT
 
 SETTINGS = cloud.settings()

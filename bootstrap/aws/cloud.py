@@ -1,4 +1,4 @@
-"""What all that talks to AWS shares: the settings, clients that retry, the stack's outputs, errors in a line."""
+"""What all that talks to AWS shares: settings, clients that retry, the stack and the cluster, errors in a line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +12,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 SETTINGS = Path(__file__).with_name("cluster.yaml")
+UP = ["STARTING", "BOOTSTRAPPING", "RUNNING", "WAITING"]  # states of a cluster that is there
 THREADS = 32  # requests at a time; most are of small files
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
 # Throttled, or a server in trouble: again after a while that doubles and is drawn by lot, so that not all come back at once.
@@ -51,6 +52,39 @@ def outputs(settings: dict[str, Any]) -> dict[str, str]:
             "`make cloud-setup` makes it: bucket, network and roles."
         ) from None
     return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
+
+
+def find_cluster(emr: Any, name: str) -> str | None:
+    """Find the id of the cluster of that name that is up, or about to be.
+
+    Raises
+    ------
+    SystemExit
+        there are several
+    """
+    pages = emr.get_paginator("list_clusters").paginate(ClusterStates=UP)
+    found = [cluster["Id"] for page in pages for cluster in page["Clusters"] if cluster["Name"] == name]
+    if len(found) > 1:
+        raise SystemExit(
+            f"cluster: {len(found)} clusters named {name!r} are up: {', '.join(found)}. End all but one: "
+            "`aws emr terminate-clusters --cluster-ids ID`."
+        )
+    return found[0] if found else None
+
+
+def nodes(emr: Any, one: str) -> list[dict[str, Any]]:
+    """List all instances that the cluster has had, as list_instances gives them."""
+    pages = emr.get_paginator("list_instances").paginate(ClusterId=one)
+    return [instance for page in pages for instance in page["Instances"]]
+
+
+def confirm(question: str) -> bool:
+    """Ask the person at the terminal; where nobody is there, the answer is no."""
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print()
+        return False
 
 
 @contextmanager

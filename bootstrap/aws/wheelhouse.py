@@ -1,6 +1,6 @@
 """Put into the project's bucket what install.sh installs on the nodes of a cluster.
 
-usage: wheelhouse.py [--release LABEL]
+usage: python -m bootstrap.aws.wheelhouse [--release LABEL]
 
 What the Spark stages import, at the versions of requirements.txt and constraints.txt, as wheels for the nodes' Python, each
 with its SHA-256; without pyspark, which would take the place of EMR's own. The folder is named by these versions and by
@@ -24,11 +24,10 @@ from typing import Any
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
-import cloud
-import residency
+from bootstrap.aws import cloud, residency
 
-ROOT = Path(__file__).resolve().parent.parent
-INSTALL = ROOT / "bootstrap/install.sh"
+ROOT = Path(__file__).resolve().parent.parent.parent
+INSTALL = Path(__file__).with_name("install.sh")
 # What is imported by ingest, featurize, covariance and reduce.
 IMPORTED = ("numpy", "pandas", "pillow", "pyarrow", "tensorflow-cpu", "threadpoolctl")
 PYTHON = "3.11"  # the one that all of the releases have

@@ -1,7 +1,7 @@
 """Refuse, before the first byte leaves, whatever would take data out of the European Union.
 
-usage: residency.py            the buckets of the stack and of FEATURE_CACHE, every remote of DVC, what computes
-       residency.py BUCKET...  these buckets alone
+usage: python -m bootstrap.aws.residency            all buckets, every remote of DVC, what computes
+       python -m bootstrap.aws.residency BUCKET...  these buckets alone
 
 Prints who checked what, when, what was found and the verdict, as a table to file. The exit status is 0 if all stays in the
 EU, 1 if not or if it cannot be known. Region and stack are those of cluster.yaml; no key is ever printed.
@@ -23,7 +23,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 
-import cloud
+from bootstrap.aws import cloud
 
 # By name, as eu-west-2 (London) and eu-central-2 (Zurich) begin with eu- and are not in the EU.
 EU = {
@@ -47,7 +47,7 @@ REPLICATION = "must not be copied elsewhere"
 REMOTE = "must be S3, or on this machine"
 ARN = "must be in the region"
 ADVICE = {
-    REGION: f"Take one of {', '.join(sorted(EU))}: `region` in bootstrap/cluster.yaml, or of the remote.",
+    REGION: f"Take one of {', '.join(sorted(EU))}: `region` in bootstrap/aws/cluster.yaml, or of the remote.",
     HOST: "Unset AWS_ENDPOINT_URL and its like, endpoint_url in ~/.aws/config, endpointurl of the remote.",
     ACCELERATION: "It takes data through points of presence anywhere: suspend it, and unset use_accelerate_endpoint.",
     LOCATION: "Make a bucket in the region and move there what this one holds, or have its location made readable.",
@@ -76,7 +76,7 @@ def main(buckets: list[str]) -> int:
     findings = check(region, buckets, remotes={})
     if not buckets and all(finding.ok for finding in findings):
         outputs = cloud.outputs(settings)
-        computers, logs = computing(settings, outputs)
+        computers, logs = compute_findings(settings, outputs)
         kept = urlsplit(os.environ.get("FEATURE_CACHE", ""))
         findings = check(region, [outputs["Bucket"], *logs, *([kept.netloc] if kept.scheme == "s3" else [])]) + computers
     print(table(findings, region))
@@ -108,14 +108,12 @@ def require_arn(arn: str, region: str) -> None:
         raise SystemExit(f"residency: refused, and nothing was sent: {arn} is in {found}, and cluster.yaml says {region}")
 
 
-def computing(settings: dict[str, Any], outputs: Mapping[str, str]) -> tuple[list[Finding], list[str]]:
+def compute_findings(settings: dict[str, Any], outputs: Mapping[str, str]) -> tuple[list[Finding], list[str]]:
     """Where the cluster that is up and the serverless application are, and the buckets that the cluster's logs go to."""
-    import cluster  # which imports this module
-
     region = settings["region"]
     arns, logs = [], []
     emr = cloud.client("emr", region)
-    if one := cluster.find_cluster(emr, settings["cluster"]["Name"]):
+    if one := cloud.find_cluster(emr, settings["cluster"]["Name"]):
         about = emr.describe_cluster(ClusterId=one)["Cluster"]
         arns.append(about["ClusterArn"])
         logs = [urlsplit(about["LogUri"]).netloc] if about.get("LogUri") else []
@@ -146,13 +144,13 @@ def check(
         return findings
     clients = {service: cloud.client(service, region) for service in {"s3": None, **dict.fromkeys(services)}}
     for service, client in clients.items():
-        findings += hosts(f"service {service}", client)
+        findings += check_endpoint(f"service {service}", client)
     if not all(finding.ok for finding in findings):
         return findings
     for bucket in dict.fromkeys(buckets):
-        findings += stays(f"bucket {bucket}", bucket, clients["s3"])
+        findings += check_bucket(f"bucket {bucket}", bucket, clients["s3"])
     for name, remote in (dvc_remotes() if remotes is None else remotes).items():
-        findings += remote_stays(f"remote {name}", remote)
+        findings += check_remote(f"remote {name}", remote)
     return findings
 
 
@@ -176,7 +174,7 @@ def local(client: Any) -> bool:
     return urlsplit(client.meta.endpoint_url).hostname in LOOPBACK
 
 
-def hosts(subject: str, client: Any) -> Iterator[Finding]:
+def check_endpoint(subject: str, client: Any) -> Iterator[Finding]:
     """Where the client sends what it is given."""
     url, region = urlsplit(client.meta.endpoint_url), client.meta.region_name
     domain = "amazonaws.eu" if region.startswith("eusc-") else "amazonaws.com"
@@ -187,7 +185,7 @@ def hosts(subject: str, client: Any) -> Iterator[Finding]:
         yield Finding(subject, ACCELERATION, "use_accelerate_endpoint is set in the configuration of AWS", False)
 
 
-def stays(subject: str, bucket: str, client: Any) -> Iterator[Finding]:
+def check_bucket(subject: str, bucket: str, client: Any) -> Iterator[Finding]:
     """Whether what the bucket holds is, and remains, in the EU."""
     if ":" in bucket:
         yield Finding(subject, LOCATION, "an access point, which may lead to many regions, not a bucket", False)
@@ -248,17 +246,17 @@ def dvc_remotes() -> dict[str, Any]:
     return {name: fs.get_fs_config(known, name=name) for name in known["remote"]}
 
 
-def remote_stays(subject: str, remote: Mapping[str, Any]) -> Iterator[Finding]:
+def check_remote(subject: str, remote: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether what DVC pushes to the remote is, and remains, in the EU."""
     url = urlsplit(remote["url"])
     if url.scheme != "s3":
         yield Finding(subject, REMOTE, remote["url"], not url.scheme or url.hostname in LOOPBACK)
         return
     client = dvc_client(remote)
-    findings = [in_the_eu(subject, client.meta.region_name), *hosts(subject, client)]
+    findings = [in_the_eu(subject, client.meta.region_name), *check_endpoint(subject, client)]
     yield from findings
     if all(finding.ok for finding in findings):
-        yield from stays(subject, url.netloc, client)
+        yield from check_bucket(subject, url.netloc, client)
 
 
 def dvc_client(remote: Mapping[str, Any]) -> Any:
@@ -275,7 +273,7 @@ def dvc_client(remote: Mapping[str, Any]) -> Any:
 def caller(region: str) -> tuple[str, str]:
     """The account, and the user or role, that the findings are of; no key."""
     client = cloud.client("sts", region)
-    if not all(finding.ok for finding in [in_the_eu("region", region), *hosts("service sts", client)]):
+    if not all(finding.ok for finding in [in_the_eu("region", region), *check_endpoint("service sts", client)]):
         return "not asked", "not asked"
     if local(client):
         return "none: this machine", "none: this machine"

@@ -1,8 +1,8 @@
 """Rent the cluster of cluster.yaml, look at it, give it back.
 
-usage: cluster.py up [--release LABEL]    one of a name at a time; says what it costs, and does not wait
-       cluster.py status                  its state, its nodes, what it has cost
-       cluster.py down [--yes]            ends it; what it has written is in the bucket
+usage: python -m bootstrap.aws.cluster up [--release LABEL]    one of a name at a time; says what it costs, and does not wait
+       python -m bootstrap.aws.cluster status                  its state, its nodes, what it has cost
+       python -m bootstrap.aws.cluster down [--yes]            ends it; what it has written is in the bucket
 """
 
 import re
@@ -13,12 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-import cloud
-import cost
-import residency
-import wheelhouse
-
-UP = ["STARTING", "BOOTSTRAPPING", "RUNNING", "WAITING"]
+from bootstrap.aws import cloud, cost, residency, wheelhouse
 
 
 def main(argv: list[str]) -> None:
@@ -42,7 +37,7 @@ def up(emr: Any, settings: dict[str, Any], release: str) -> None:
     outputs = cloud.outputs(settings)
     residency.require(settings["region"], [outputs["Bucket"]])
     name = settings["cluster"]["Name"]
-    if one := find_cluster(emr, name):
+    if one := cloud.find_cluster(emr, name):
         raise SystemExit(f"cluster: {name!r} is up already: {one}. `make cloud-status` shows it, `make cloud-down` ends it.")
     bucket, wheels = outputs["Bucket"], wheelhouse.folder(wheelhouse.pins(settings, release))
     if not wheelhouse.there(cloud.client("s3", settings["region"]), bucket, wheels):
@@ -53,21 +48,21 @@ def up(emr: Any, settings: dict[str, Any], release: str) -> None:
     one = emr.run_job_flow(**wanted)["JobFlowId"]
     idle = wanted["AutoTerminationPolicy"]["IdleTimeout"] / 60
     print(f"Cluster {one} ({name}, {release}) is being made, which takes some 8 minutes; stages may be sent already.")
-    print(f"It costs {low:.2f} to {high:.2f} EUR an hour, EMR's fee included, by the prices of bootstrap/prices.yaml.")
+    print(f"It costs {low:.2f} to {high:.2f} EUR an hour, EMR's fee included, by the prices of bootstrap/aws/prices.yaml.")
     print(f"It ends by itself when it has had nothing to do for {idle:.0f} minutes; `make cloud-down` ends it now.")
 
 
 def status(emr: Any, settings: dict[str, Any]) -> None:
     """Print state, nodes, age and cost so far."""
     name = settings["cluster"]["Name"]
-    one = find_cluster(emr, name)
+    one = cloud.find_cluster(emr, name)
     if one is None:
         print(f"No cluster {name!r} is up in {settings['region']}.")
         return
     cluster = emr.describe_cluster(ClusterId=one)["Cluster"]
     state, now = cluster["Status"], datetime.now(UTC)
     reason = state.get("StateChangeReason", {}).get("Message", "")
-    instances = nodes(emr, one)
+    instances = cloud.nodes(emr, one)
     running = [i for i in instances if not i["Status"]["Timeline"].get("EndDateTime")]
     kinds = Counter((i["InstanceType"], i["Market"].replace("_", " ").lower()) for i in running)
     age = (now - state["Timeline"]["CreationDateTime"]).total_seconds() / 60
@@ -82,38 +77,14 @@ def status(emr: Any, settings: dict[str, Any]) -> None:
 def down(emr: Any, settings: dict[str, Any], yes: bool) -> None:
     """End the cluster, having asked."""
     name = settings["cluster"]["Name"]
-    one = find_cluster(emr, name)
+    one = cloud.find_cluster(emr, name)
     if one is None:
         print(f"No cluster {name!r} is up in {settings['region']}; nothing to end.")
         return
-    if not yes and not agreed(f"End cluster {one} ({name}) and what runs on it?"):
+    if not yes and not cloud.confirm(f"End cluster {one} ({name}) and what runs on it?"):
         raise SystemExit("cluster: not ended; it is still paid for")
     emr.terminate_job_flows(JobFlowIds=[one])
     print(f"Cluster {one} is ending; its nodes are paid for some seconds more.")
-
-
-def find_cluster(emr: Any, name: str) -> str | None:
-    """The id of the cluster of that name that is up, or about to be.
-
-    Raises
-    ------
-    SystemExit
-        there are several
-    """
-    pages = emr.get_paginator("list_clusters").paginate(ClusterStates=UP)
-    found = [cluster["Id"] for page in pages for cluster in page["Clusters"] if cluster["Name"] == name]
-    if len(found) > 1:
-        raise SystemExit(
-            f"cluster: {len(found)} clusters named {name!r} are up: {', '.join(found)}. End all but one: "
-            "`aws emr terminate-clusters --cluster-ids ID`."
-        )
-    return found[0] if found else None
-
-
-def nodes(emr: Any, one: str) -> list[dict[str, Any]]:
-    """All instances that the cluster has had, as list_instances gives them."""
-    pages = emr.get_paginator("list_instances").paginate(ClusterId=one)
-    return [instance for page in pages for instance in page["Instances"]]
 
 
 def request(settings: dict[str, Any], outputs: Mapping[str, str], release: str) -> dict[str, Any]:
@@ -168,15 +139,6 @@ def per_hour(wanted: Mapping[str, Any], prices: Mapping[str, Any]) -> tuple[floa
     low = min(each("MASTER")) + limits["MinimumCapacityUnits"] * min(each("CORE"))
     high = max(each("MASTER")) + limits["MaximumCapacityUnits"] * max(each("CORE", "TASK"))
     return low, high
-
-
-def agreed(question: str) -> bool:
-    """Whether the person at the terminal says yes; nobody there is a no."""
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
 
 
 if __name__ == "__main__":

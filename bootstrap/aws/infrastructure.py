@@ -1,7 +1,7 @@
 """Make, update or delete what lasts between clusters: the stack of infrastructure.yaml, in the region of cluster.yaml.
 
-usage: infrastructure.py up              as often as you like; says what it does, and the reason where it cannot
-       infrastructure.py down [--yes]    all but the bucket
+usage: python -m bootstrap.aws.infrastructure up              as often as you like; says what it does, or why it cannot
+       python -m bootstrap.aws.infrastructure down [--yes]    all but the bucket
 """
 
 import sys
@@ -13,9 +13,7 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-import cloud
-import cluster
-import residency
+from bootstrap.aws import cloud, residency
 
 TEMPLATE = Path(__file__).with_name("infrastructure.yaml")
 WAIT = 3  # seconds between looks
@@ -95,9 +93,9 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         outputs = cloud.outputs(settings)
     except SystemExit:
         outputs = {}
-    if one := cluster.find_cluster(cloud.client("emr", region), settings["cluster"]["Name"]):
+    if one := cloud.find_cluster(cloud.client("emr", region), settings["cluster"]["Name"]):
         raise SystemExit(f"infrastructure: cluster {one} is up, in the network of the stack. `make cloud-down` first.")
-    if not yes and not cluster.agreed(f"Delete stack {name} in {region}: network, roles, everything but the bucket?"):
+    if not yes and not cloud.confirm(f"Delete stack {name} in {region}: network, roles, everything but the bucket?"):
         raise SystemExit("infrastructure: nothing deleted")
     let_go(cloud.client("ec2", region), outputs)
     seen = seen_so_far(cloudformation, stack["StackId"])

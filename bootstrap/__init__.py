@@ -1,0 +1,1 @@
+"""How a stage is run, here or elsewhere; `aws` is what only Amazon's services need."""

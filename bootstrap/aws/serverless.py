@@ -1,0 +1,96 @@
+"""Run stages on Amazon EMR Serverless, without a cluster: each is a job run (SPARK_TARGET=emr-serverless)."""
+
+import hashlib
+import math
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from bootstrap.aws import cloud, cost, runner
+from bootstrap.aws.cluster import job_settings
+from bootstrap.job import Runner
+from bootstrap.remote import Look, hours
+
+
+def connect() -> Runner:
+    return runner.connect(Application)
+
+
+class Application:
+    """EMR Serverless: a stage is a job run."""
+
+    def __init__(self, settings: dict[str, Any], outputs: Mapping[str, str]) -> None:
+        self.emr = cloud.client("emr-serverless", settings["region"])
+        if "ServerlessApplication" not in outputs:
+            raise SystemExit(
+                "submit: the stack has no EMR Serverless application: `make cloud-setup SERVERLESS=yes` adds one."
+            )
+        self.where, self.role = outputs["ServerlessApplication"], outputs["ServerlessRole"]
+        self.arn = self.emr.get_application(applicationId=self.where)["application"]["arn"]
+        self.log_uri = f"s3://{outputs['Bucket']}/logs/serverless"
+        self.conf = job_settings(settings, outputs)
+
+    def find(self, name: str) -> tuple[str, Look] | None:
+        latest = max(self._runs(name), key=lambda run: run["createdAt"], default=None)
+        return (latest["id"], self.look(latest["id"])) if latest else None
+
+    def start(self, name: str, settings: Mapping[str, str], words: list[str]) -> str:
+        conf = {**self.conf, **settings}
+        # The same token twice is the same run, also where the answer to the first call was lost.
+        token = hashlib.sha256(f"{name} {len(self._runs(name))}".encode()).hexdigest()
+        run = self.emr.start_job_run(
+            applicationId=self.where,
+            clientToken=token,
+            executionRoleArn=self.role,
+            name=name,
+            jobDriver={
+                "sparkSubmit": {
+                    "entryPoint": words[0],
+                    "entryPointArguments": words[1:],
+                    "sparkSubmitParameters": shlex.join(
+                        part for key, value in conf.items() for part in ("--conf", f"{key}={value}")
+                    ),
+                }
+            },
+            configurationOverrides={
+                "monitoringConfiguration": {"s3MonitoringConfiguration": {"logUri": f"{self.log_uri}/"}},
+            },
+            executionTimeoutMinutes=max(math.ceil(hours() * 60), 5),  # it takes no fewer
+        )
+        return str(run["jobRunId"])
+
+    def look(self, run: str) -> Look:
+        job = self._job(run)
+        state = job["state"]
+        is_over = state in ("SUCCESS", "FAILED", "CANCELLED")
+        logs = f"{self.log_uri}/applications/{self.where}/jobs/{run}/SPARK_DRIVER"
+        return Look(state, is_over, state == "SUCCESS", job.get("stateDetails") or "", logs)
+
+    def cancel(self, run: str) -> None:
+        self.emr.cancel_job_run(applicationId=self.where, jobRunId=run)
+
+    def rate(self) -> tuple[int, float]:
+        cores = int(self.conf["spark.executor.cores"]) * int(self.conf["spark.dynamicAllocation.maxExecutors"])
+        return cores, cost.of_cores(cores, cost.load())
+
+    def bill(self, run: str) -> dict[str, Any]:
+        job = self._job(run)
+        vcpu_hours, euros = cost.of_job_run(job["billedResourceUtilization"], cost.load())
+        seconds = job.get("totalExecutionDurationSeconds", 0)
+        waited = (job["updatedAt"] - job["createdAt"]).total_seconds() - seconds
+        return {
+            "where": "emr-serverless",
+            "cores": round(vcpu_hours * 3600 / max(seconds, 1), 1),
+            "seconds": float(seconds),
+            "vcpu_hours": vcpu_hours,
+            "euros": euros,
+            "seconds_waited": max(waited, 0.0),
+            "euros_waited": 0.0,
+        }
+
+    def _job(self, run: str) -> dict[str, Any]:
+        return dict(self.emr.get_job_run(applicationId=self.where, jobRunId=run)["jobRun"])
+
+    def _runs(self, name: str) -> list[dict[str, Any]]:
+        pages = self.emr.get_paginator("list_job_runs").paginate(applicationId=self.where)
+        return [run for page in pages for run in page["jobRuns"] if run.get("name") == name]

@@ -1,0 +1,79 @@
+"""The Java that Spark runs on: whether it is there, and an archive of Spark's classes that makes it start faster.
+
+usage: python -m bootstrap.java    says nothing if this machine can run Spark, else what to install
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = (17, 21)  # what Spark 4.0 runs on
+
+
+def check_java() -> str:
+    """Ask Java for its version, and return what it says.
+
+    Raises
+    ------
+    SystemExit
+        there is none, or Spark does not run on it
+    """
+    java = Path(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
+    wanted = f"Spark needs Java {' or '.join(map(str, VERSIONS))}"
+    advice = (
+        "Install one (Debian, Ubuntu: apt install openjdk-17-jre-headless; macOS: brew install openjdk@17) or set JAVA_HOME."
+    )
+    try:
+        said = subprocess.run([java, "-version"], capture_output=True, text=True, check=True).stderr
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(f"submit: {wanted}, and `{java}` cannot be run ({error}). {advice}") from error
+    version = re.search(r'version "(?:1\.)?(\d+)', said)
+    if not version or int(version[1]) not in VERSIONS:
+        raise SystemExit(f"submit: {wanted}, and `{java}` is: {said.splitlines()[0]}. {advice}")
+    return said
+
+
+@contextmanager
+def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
+    """Yield the JVM options that share an archive of Spark's classes, which load in seconds less; the first run makes it.
+
+    It is for one Java (by what it says of its version) and one Spark. The JVM itself looks whether the archive fits,
+    and does without where not.
+    """
+    spec = importlib.util.find_spec("pyspark")
+    home = environment.get("SPARK_HOME") or Path(str(spec and spec.origin)).parent
+    jars = Path(home, "jars")
+    folder = Path(environment.get("DVC_ROOT", ROOT), ".dvc").resolve()
+    # The JVM that writes it would fail with a folder in the class path, which these may add, or on a full disk.
+    refused = any(environment.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
+    if refused or not jars.is_dir() or not os.access(folder, os.W_OK) or " " in str(folder):
+        yield ""
+        return
+    (folder / "tmp").mkdir(exist_ok=True)
+    made_for = hashlib.sha256(f"{java} {jars.resolve()} {jars.stat().st_mtime_ns}".encode()).hexdigest()
+    archive = folder / "tmp" / f"classes-{made_for[:16]}.jsa"
+    partial = archive.with_suffix(f".{os.getpid()}")
+    if archive.exists():
+        yield f"-XX:SharedArchiveFile={archive} -Xlog:cds*=off"
+    elif shutil.disk_usage(folder).free < 2**30:
+        yield ""
+    else:
+        try:
+            yield f"-XX:ArchiveClassesAtExit={partial} -Xlog:cds*=off"
+            if partial.exists():
+                for other in archive.parent.glob("classes-*.jsa"):
+                    other.unlink()
+                partial.rename(archive)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    check_java()

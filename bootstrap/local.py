@@ -1,0 +1,174 @@
+"""Run a stage on this machine: by spark-submit on its cores, or as a Python module."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from bootstrap.java import check_java, class_archive
+from bootstrap.job import Job, Outcome, Runner
+
+BOOTSTRAP = Path(__file__).resolve().parent
+LOGGING = (BOOTSTRAP / "log4j2.properties").as_uri()
+# Greetings of Java and of TensorFlow that no log level silences; and 64 components of 2,048 features make a task of 1 MB.
+NOISE = re.compile(
+    rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f"
+    rb"|contains a task of very large size"
+)
+HINTS = {
+    b"No space left on device": "the disk is full: free some space, or set SPARK_LOCAL_DIRS (for Spark's files) or "
+    "FEATURE_CACHE to another",
+    b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
+    b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out; "
+    "SPARK_MASTER=local[N], with N fewer than there are cores, needs less",
+}
+
+
+def connect() -> Runner:
+    return Machine()
+
+
+class Machine:
+    """Run jobs as processes of this machine."""
+
+    def command(self, job: Job) -> list[str]:
+        if job.program == "spark-submit":
+            return spark_submit(job, os.environ)
+        module = ".".join(Path(job.stage).with_suffix("").parts)
+        return [sys.executable, "-m", module, *job.inputs, job.output, *job.flags]
+
+    def run(self, job: Job, partial: Path, lock: int) -> Outcome:
+        command = self.command(job._replace(output=str(partial)))
+        started = time.monotonic()
+        with ExitStack() as stack:
+            environment = dict(os.environ)
+            if job.program == "spark-submit":
+                options = stack.enter_context(class_archive(os.environ, check_java()))
+                environment = spark_environment(os.environ, options)
+                check_folder(Path.cwd())
+            status = call(command, environment, lock, is_filtered=job.program == "spark-submit")
+        took = {"where": "local", "cores": os.cpu_count(), "seconds": time.monotonic() - started}
+        return Outcome(status, lambda: took)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose name Spark would take for a pattern."""
+    if any(letter in str(folder) for letter in "[]{}*?\\"):
+        raise SystemExit(f"submit: Spark takes {folder} for a pattern; rename the folder, without [ ] {{ }} * ? \\")
+
+
+def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
+    """The command line of spark-submit that runs the job on this machine."""
+    root = environment.get("DVC_ROOT", ".")  # DVC's experiments in temporary folders share the cache of their origin
+    settings = {
+        "spark.featurize.cache": environment.get("FEATURE_CACHE", f"{root}/.dvc/tmp/feature-cache"),
+        "spark.ui.showConsoleProgress": str(sys.stdout.isatty()).lower(),
+    }
+    return [
+        str(Path(sys.executable).with_name("spark-submit")),
+        *("--master", environment.get("SPARK_MASTER", "local[*]")),
+        *("--properties-file", str(BOOTSTRAP / "spark-defaults.conf")),
+        *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY", f"{memory_mb() // 4}m")),
+        # The JVM only moves rows; its optimizing compiler takes half of two cores and pays after the stage has ended. Its
+        # usual collector makes every store dearer so as to pause less, which nobody waits for here.
+        *("--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"),
+        *(part for key, value in settings.items() for part in ("--conf", f"{key}={value}")),
+        job.stage,
+        *job.inputs,
+        job.output,
+        *job.flags,
+    ]
+
+
+def spark_environment(environment: Mapping[str, str], options: str = "") -> dict[str, str]:
+    """The environment of spark-submit and its children: options of the JVM, logging, this Python, UTF-8 names of files."""
+    given = environment.get("SPARK_SUBMIT_OPTS", "")
+    own = {
+        "SPARK_CONF_DIR": "/nonexistent",  # it heads the class path; an archive of classes bears no folder there
+        "SPARK_SUBMIT_OPTS": f"{given} -Dlog4j2.configurationFile={LOGGING} {options}".strip(),
+        "PYSPARK_PYTHON": sys.executable,
+        "PYSPARK_DRIVER_PYTHON": sys.executable,
+        "PYTHONUNBUFFERED": "1",
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    # Java reads the names of files by the locale; in the plain C locale it cannot open one that has an accent.
+    if "UTF" not in (environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "").upper():
+        own["LC_ALL"] = "C.UTF-8"
+    return {**environment, **own}
+
+
+def call(command: list[str], environment: Mapping[str, str], lock: int, is_filtered: bool) -> int:
+    """Run the command, and end it with all its children when this process is told to end.
+
+    Parameters
+    ----------
+    lock : file descriptor that the command inherits
+    is_filtered : pass its output on without NOISE, and add HINTS; else it writes, and draws progress bars, by itself
+    """
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE if is_filtered else None,
+        stderr=subprocess.STDOUT if is_filtered else None,
+        start_new_session=True,
+        pass_fds=[lock],
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is Ctrl-C, also where that is ignored
+    hints: set[str] = set()
+    try:
+        if is_filtered:
+            hints = pass_on(cast(BinaryIO, process.stdout))
+        status = process.wait()
+        if status < 0:
+            reason = "; perhaps memory ran out" if -status == signal.SIGKILL else ""
+            print(f"submit: {Path(command[0]).name} was killed by {signal.Signals(-status).name}{reason}", file=sys.stderr)
+            status = 128 - status
+    except KeyboardInterrupt:
+        print("\nsubmit: interrupted; stopping the stage", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    finally:
+        end(process)
+    for hint in sorted(hints if status else ()):
+        print(f"submit: {hint}", file=sys.stderr)
+    return status
+
+
+def pass_on(output: BinaryIO) -> set[str]:
+    """Write what comes, but for noise, to stdout; return the hints that it gives rise to."""
+    # Whole lines where they are kept; on a terminal as they come, for Spark's progress bar ends none.
+    read = output.read1 if sys.stdout.isatty() else output.readline  # type: ignore[attr-defined]
+    hints = set()
+    while chunk := read():
+        hints |= {hint for sign, hint in HINTS.items() if sign in chunk}
+        if not NOISE.search(chunk):
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+    return hints
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End the process and its children, whatever state they are in."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(timeout=10)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def memory_mb() -> int:
+    """MiB of memory of this machine, or of the container it runs in."""
+    n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        n_bytes = min(n_bytes, int(text))
+    return n_bytes // 2**20

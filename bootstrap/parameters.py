@@ -1,0 +1,67 @@
+"""Check params.yaml before anything is computed: a wrong number in the last stage must not be found after an hour.
+
+Each stage checks its own section when it parses its command line. Here the first stage that runs has the others do so: those
+whose section differs from the one that dvc.lock holds, which a run has accepted before.
+"""
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+# An error is one line, without the usage of a command that nobody has typed.
+PARSE = """
+import argparse, importlib, sys
+argparse.ArgumentParser.error = lambda parser, message: sys.exit(message)
+importlib.import_module(sys.argv[1]).parse_args(sys.argv[2:])
+"""
+
+
+def check(running: str) -> None:
+    """Have the stages parse their sections of params.yaml, but for the one that is running, which does so itself.
+
+    Raises
+    ------
+    SystemExit
+        with a line for each section that its stage refuses
+    """
+    if not Path("dvc.yaml").exists():
+        return  # a stage by itself, not one of a pipeline
+    parsers = {
+        name: subprocess.Popen([sys.executable, "-c", PARSE, *words], stderr=subprocess.PIPE, text=True)
+        for name, words in changed_commands()
+        if name != running
+    }
+    said = {name: parser.communicate()[1].strip() for name, parser in parsers.items()}
+    refused = [f"{name}: {said[name].splitlines()[-1]}" for name, parser in parsers.items() if parser.returncode]
+    if refused:
+        raise SystemExit("\n".join(f"params.yaml: {line}" for line in refused))
+
+
+def changed_commands() -> Iterator[tuple[str, list[str]]]:
+    """Name, and module with command line, of each stage whose section is not the one in dvc.lock."""
+    pipeline, sections, accepted = (load(name) for name in ("dvc.yaml", "params.yaml", "dvc.lock"))
+    for name, stage in pipeline["stages"].items():
+        section = sections.get(name)
+        locked = accepted.get("stages", {}).get(name, {}).get("params", {}).get("params.yaml", {}).get(name)
+        if section is not None and section != locked:
+            words = shlex.split(stage["cmd"])
+            places = words[words.index(f"stages/{name}.py") + 1 : words.index(f"${{{name}}}")]
+            yield name, [f"stages.{name}", *places, *flags(section)]
+
+
+def flags(section: Mapping[str, Any]) -> list[str]:
+    """Make of a section what DVC makes of it, where dvc.yaml says ${section}."""
+    words = []
+    for key, value in section.items():
+        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def load(name: str) -> dict[str, Any]:
+    path = Path(name)
+    return dict(yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
