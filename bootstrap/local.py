@@ -128,7 +128,7 @@ def call(command: list[str], environment: Mapping[str, str], lock: int, is_filte
         status = process.wait()
         if status < 0:
             reason = "; perhaps memory ran out" if -status == signal.SIGKILL else ""
-            print(f"submit: {Path(command[0]).name} was killed by {signal.Signals(-status).name}{reason}", file=sys.stderr)
+            print(f"submit: the stage was killed by {signal.Signals(-status).name}{reason}", file=sys.stderr)
             status = 128 - status
     except KeyboardInterrupt:
         print("\nsubmit: interrupted; stopping the stage", file=sys.stderr)

@@ -58,7 +58,8 @@ def flags(section: Mapping[str, Any]) -> list[str]:
     """Make of a section what DVC makes of it, where dvc.yaml says ${section}."""
     words = []
     for key, value in section.items():
-        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+        if value is not False:
+            words += [f"--{key}", *map(str, value if isinstance(value, list) else [] if value is True else [value])]
     return words
 
 

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -132,8 +133,8 @@ class Remote:
         stderr = self.storage.read_log(look.logs, "stderr", LOG_SECONDS_OF_FAILURE)
         hints = [hint for sign, hint in self.hints.items() if sign in stderr]
         reason = " ".join([f"{run} is {look.state}.", look.reason, *hints])
-        message = f"{last_words(stderr)}\nsubmit: {job.name}: {reason}\nIts logs: {look.logs}/"
-        return Outcome(1, dict, message)
+        print(last_words(stderr), file=sys.stderr)
+        return Outcome(1, dict, f"submit: {job.name}: {reason}\nIts logs: {look.logs}/")
 
     def _settle(self, job: Job, run: str, key: str, logs: str) -> Mapping[str, Any]:
         """Keep the output there as an input of later stages, tidy up, say what the stage said, and return what it took."""

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     if outcome.status == 0:
         runtime.record(job, outcome.settle())
     elif outcome.message:
-        print(outcome.message, file=sys.stderr)
+        raise SystemExit(outcome.message)
     return outcome.status
 
 

@@ -104,3 +104,10 @@ def clone(run_once: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clone")
     run("cp", "-a", str(run_once), str(folder), cwd=folder)  # keeps the links between cache and workspace
     return folder / run_once.name
+
+
+@pytest.fixture
+def dvc_root(tmp_path: Path) -> dict[str, str]:
+    """The environment of a repository of DVC's."""
+    (tmp_path / ".dvc").mkdir()
+    return {"DVC_ROOT": str(tmp_path)}

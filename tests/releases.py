@@ -1,6 +1,6 @@
 """The stages under another release of EMR: its Spark and its versions of packages, with results that are equal.
 
-usage: releases.py [RELEASE]    emr-7.13.0 unless given; `make test-release` calls it
+usage: python -m tests.releases [RELEASE]    emr-7.13.0 unless given; `make test-release` calls it
 
 Makes a virtual environment with the release's Spark and what the nodes of its cluster get (wheelhouse.py), some 2 GB. Runs
 the Spark stages there and here on the outputs of the last `make run`, and compares all tables: images, features and
@@ -16,14 +16,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from bootstrap.aws import cloud, wheelhouse
+from bootstrap.parameters import flags
+from tests.test_contract import PARAMS, SPARK_STAGES
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bootstrap")]
-
-import cloud  # noqa: E402
-import wheelhouse  # noqa: E402
-
-from tests.test_contract import PARAMS, SPARK_STAGES, flags  # noqa: E402
-
 PLACES = {
     "ingest": ["data/sample", "ingested"],
     "featurize": ["ingested", "data/backbone", "features"],
@@ -40,7 +37,7 @@ def main(release: str) -> None:
         python = folder / "venv/bin/python"
         call(sys.executable, "-m", "venv", folder / "venv")
         (folder / "pins.txt").write_text("".join(f"{package}=={version}\n" for package, version in pins.items()))
-        call(python, "-m", "pip", "install", "--quiet", "-c", folder / "pins.txt", "pyspark", *wheelhouse.IMPORTED)
+        call(python, "-m", "pip", "install", "--quiet", "-c", folder / "pins.txt", "pyspark", "pyyaml", *wheelhouse.IMPORTED)
         for interpreter, output in ((python, folder / "there"), (Path(sys.executable), folder / "here")):
             run_stages(interpreter, output)
         for path in sorted((folder / "here").rglob("*.parquet")):
@@ -51,8 +48,10 @@ def run_stages(python: Path, output: Path) -> None:
     output.mkdir()
     (output / "data").symlink_to(ROOT / "data")
     for stage in SPARK_STAGES:
-        command = [python, ROOT / "bootstrap/submit.py", ROOT / f"stages/{stage}.py", *PLACES[stage], *flags(PARAMS[stage])]
-        call(*command, cwd=output, FEATURE_CACHE=f"{output}-cache")
+        submit = [python, "-m", "bootstrap.submit", "spark-submit", ROOT / f"stages/{stage}.py"]
+        call(
+            *submit, *PLACES[stage], *flags(PARAMS[stage]), cwd=output, PYTHONPATH=str(ROOT), FEATURE_CACHE=f"{output}-cache"
+        )
 
 
 def compare(here: Path, there: Path) -> None:
@@ -79,8 +78,9 @@ def compare(here: Path, there: Path) -> None:
         raise SystemExit(f"{name}: that is more than {TOLERANCE}")
 
 
-def call(*command: object, cwd: Path = ROOT, **environment: str) -> None:
-    subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | environment, check=True)
+def call(*command: object, cwd: Path = ROOT, **environment: object) -> None:
+    own = {name: str(value) for name, value in environment.items()}
+    subprocess.run(list(map(str, command)), cwd=cwd, env=os.environ | own, check=True)
 
 
 if __name__ == "__main__":

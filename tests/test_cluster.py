@@ -7,22 +7,18 @@ from typing import Any
 
 import boto3
 import botocore.session
-import cloud
-import cluster
-import cost
 import pytest
-import residency
-import wheelhouse
 import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
 
+from bootstrap.aws import cloud, cluster, cost, residency, wheelhouse
 from tests.conftest import ROOT
 
 SETTINGS = cloud.settings()
 CLUSTER = SETTINGS["cluster"]
 RELEASE = CLUSTER["ReleaseLabel"]
-TEMPLATE = (ROOT / "bootstrap/infrastructure.yaml").read_text()
+TEMPLATE = (ROOT / "bootstrap/aws/infrastructure.yaml").read_text()
 OUTPUTS = {name: f"the-{name}" for name in re.findall(r"^  (\w+):.*Value", TEMPLATE.partition("\nOutputs:")[2], re.M)}
 OUTPUTS["Subnets"] = "subnet-a,subnet-b"
 NAMES = {"CORE", "MASTER", "TASK"}
@@ -186,7 +182,7 @@ def test_a_cluster_costs_at_least_its_smallest_and_at_most_its_largest_nodes() -
 
 def test_up_asks_for_the_cluster_and_says_what_it_costs(emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.main(["up"])
-    one = cluster.find_cluster(emr, "fruits")
+    one = cloud.find_cluster(emr, "fruits")
     said = capsys.readouterr().out
     low, high = cluster.per_hour(CLUSTER, cost.load())
     assert f"Cluster {one} (fruits, {RELEASE})" in said
@@ -212,12 +208,12 @@ def test_up_looks_at_residency_first(emr: Any, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit, match="residency"):
         cluster.main(["up"])
     assert asked == [("eu-west-3", ["the-bucket"])]
-    assert cluster.find_cluster(emr, "fruits") is None
+    assert cloud.find_cluster(emr, "fruits") is None
 
 
 def test_a_second_cluster_of_the_name_is_refused(emr: Any) -> None:
     cluster.main(["up"])
-    one = cluster.find_cluster(emr, "fruits")
+    one = cloud.find_cluster(emr, "fruits")
     with pytest.raises(SystemExit, match=f"'fruits' is up already: {one}"):
         cluster.main(["up"])
 
@@ -230,35 +226,35 @@ def test_without_python_for_the_nodes_no_cluster_is_asked_for(emr: Any) -> None:
         SystemExit, match=r"no s3://the-bucket/bootstrap/\w+, Python for the nodes\. `make wheelhouse` makes it"
     ):
         cluster.main(["up"])
-    assert cluster.find_cluster(emr, "fruits") is None
+    assert cloud.find_cluster(emr, "fruits") is None
 
 
 def test_two_clusters_of_a_name_are_an_error(emr: Any) -> None:
     both = [emr.run_job_flow(**cluster.request(SETTINGS, OUTPUTS, RELEASE))["JobFlowId"] for _ in range(2)]
     with pytest.raises(SystemExit, match="2 clusters named 'fruits' are up") as error:
-        cluster.find_cluster(emr, "fruits")
+        cloud.find_cluster(emr, "fruits")
     assert all(one in str(error.value) for one in both)
 
 
 def test_a_cluster_that_has_ended_is_not_found(emr: Any) -> None:
     cluster.main(["up"])
     cluster.main(["down", "--yes"])
-    assert cluster.find_cluster(emr, "fruits") is None
-    assert cluster.find_cluster(emr, "apples") is None
+    assert cloud.find_cluster(emr, "fruits") is None
+    assert cloud.find_cluster(emr, "apples") is None
 
 
 def test_down_asks_first(emr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.main(["up"])
-    one = cluster.find_cluster(emr, "fruits")
+    one = cloud.find_cluster(emr, "fruits")
     questions = []
     monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "")
     with pytest.raises(SystemExit, match="not ended; it is still paid for"):
         cluster.main(["down"])
     assert questions == [f"End cluster {one} (fruits) and what runs on it? [y/N] "]
-    assert cluster.find_cluster(emr, "fruits") == one
+    assert cloud.find_cluster(emr, "fruits") == one
     monkeypatch.setattr("builtins.input", lambda question: "y")
     cluster.main(["down"])
-    assert cluster.find_cluster(emr, "fruits") is None
+    assert cloud.find_cluster(emr, "fruits") is None
 
 
 def test_where_nobody_can_answer_nothing_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +262,7 @@ def test_where_nobody_can_answer_nothing_is_ended(monkeypatch: pytest.MonkeyPatc
         raise EOFError
 
     monkeypatch.setattr("builtins.input", nobody)
-    assert not cluster.agreed("Sure?")
+    assert not cloud.confirm("Sure?")
 
 
 def test_without_a_cluster_down_and_status_say_so(emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,7 +278,7 @@ def test_status_says_what_there_is_and_what_it_has_cost(
     emr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cluster.main(["up"])
-    one = cluster.find_cluster(emr, "fruits")
+    one = cloud.find_cluster(emr, "fruits")
     now = datetime.now(UTC)
 
     def instance(kind: str, market: str, minutes: float, ended: float | None = None) -> dict[str, Any]:
@@ -297,7 +293,7 @@ def test_status_says_what_there_is_and_what_it_has_cost(
         instance("m6i.2xlarge", "SPOT", 30),
         instance("m6i.4xlarge", "SPOT", 60, ended=30),
     ]
-    monkeypatch.setattr(cluster, "nodes", lambda emr, one: instances)
+    monkeypatch.setattr(cloud, "nodes", lambda emr, one: instances)
     capsys.readouterr()
     cluster.main(["status"])
     said = capsys.readouterr().out
@@ -318,4 +314,4 @@ def test_each_page_of_instances_is_read(monkeypatch: pytest.MonkeyPatch) -> None
         def paginate(self, **arguments: str) -> list[dict[str, Any]]:
             return [{"Instances": [{"Id": "1"}]}, {"Instances": [{"Id": "2"}]}]
 
-    assert [instance["Id"] for instance in cluster.nodes(Pages(), "j-1")] == ["1", "2"]
+    assert [instance["Id"] for instance in cloud.nodes(Pages(), "j-1")] == ["1", "2"]

@@ -4,18 +4,20 @@ import ast
 import hashlib
 import importlib
 import shlex
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from bootstrap.parameters import flags
 from tests.conftest import ROOT
 
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 LOCK = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
-STAGES = sorted(PIPELINE)
+STAGES = sorted({*PIPELINE} - {"runtime"})  # which describes a run, and is no file of stages/
 SPARK_STAGES = ["ingest", "featurize", "covariance", "reduce"]
 
 
@@ -23,14 +25,6 @@ def command(stage: str) -> list[str]:
     """The words of a stage's command, from the name of its file on, with its section of params.yaml as one word."""
     words = shlex.split(PIPELINE[stage]["cmd"])
     return words[words.index(f"stages/{stage}.py") :]
-
-
-def flags(section: dict[str, Any]) -> list[str]:
-    """What DVC makes of a section."""
-    words = []
-    for key, value in section.items():
-        words += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    return words
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -60,7 +54,8 @@ def test_the_command_ends_with_the_section_of_the_stage(stage: str) -> None:
 @pytest.mark.parametrize("stage", sorted({*STAGES} - {"drift"}))
 def test_places_are_deps_and_the_last_is_the_out(stage: str) -> None:
     file, *inputs, output, _ = command(stage)
-    assert (sorted(PIPELINE[stage]["deps"]), PIPELINE[stage]["outs"]) == (sorted([file, *inputs]), [output])
+    shared = own_imports(ROOT / file)
+    assert (sorted(PIPELINE[stage]["deps"]), PIPELINE[stage]["outs"]) == (sorted([file, *inputs, *shared]), [output])
 
 
 def test_drift_depends_on_todays_features_and_writes_for_git() -> None:
@@ -73,18 +68,46 @@ def test_drift_depends_on_todays_features_and_writes_for_git() -> None:
     assert places[3:5] == ["data/reduced", "reports/drift.json"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_goes_through_the_door_and_says_what_runs_it(stage: str) -> None:
+    program = "spark-submit" if stage in SPARK_STAGES else "python"
+    assert PIPELINE[stage]["cmd"].startswith(f"python -m bootstrap.submit {program} stages/{stage}.py ")
+
+
+def own_imports(file: Path) -> set[str]:
+    """The files of the repository that a file imports."""
+    tree = ast.parse(file.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)):
+        assert node.level == 0, f"{file} imports by a relative name"
+        names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    paths = {f"{name.replace('.', '/')}.py" for name in names}
+    own = {path.stem for folder in ("stages", "bootstrap") for path in (ROOT / folder).glob("*.py")}
+    assert names & own == set(), f"{file} imports by a bare name"
+    return {path for path in paths if (ROOT / path).exists()}
+
+
 @pytest.mark.parametrize("stage", SPARK_STAGES)
-def test_spark_stages_run_through_submit(stage: str) -> None:
-    assert PIPELINE[stage]["cmd"].startswith(f"python bootstrap/submit.py stages/{stage}.py ")
+def test_a_stage_that_ships_imports_nothing_of_the_repository(stage: str) -> None:
+    assert own_imports(ROOT / f"stages/{stage}.py") == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_imports_nothing_of_the_repository(stage: str) -> None:
-    tree = ast.parse((ROOT / f"stages/{stage}.py").read_text())
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    own = {path.stem for folder in ("stages", "bootstrap", "tests") for path in (ROOT / folder).glob("*.py")}
-    assert {name.split(".")[0] for name in imported} & {*own, "stages", "bootstrap", "tests", ""} == set()
+def test_what_a_stage_imports_of_the_repository_is_among_its_deps(stage: str) -> None:
+    assert own_imports(ROOT / f"stages/{stage}.py") <= {*PIPELINE[stage]["deps"]}
+
+
+def test_the_rooms_of_bootstrap_import_from_the_top_down_only() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_record_of_a_run_depends_on_all_that_can_change() -> None:
+    # So that it runs last in each run that computes anything, or takes anything from the cache.
+    outs = {out for stage in STAGES for out in PIPELINE[stage].get("outs", [])} - {"data/sample"}
+    assert {*PIPELINE["runtime"]["deps"]} == {"stages", *outs}
+    assert PIPELINE["runtime"]["params"] == ["images", *(stage for stage in PIPELINE if stage != "runtime")]
 
 
 def test_no_parameter_is_null() -> None:

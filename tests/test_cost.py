@@ -3,9 +3,9 @@
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import cloud
-import cost
 import pytest
+
+from bootstrap.aws import cloud, cost
 
 START = datetime(2026, 11, 25, 8, tzinfo=UTC)
 # Round numbers, so that each expectation can be checked by eye.

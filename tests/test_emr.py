@@ -1,5 +1,6 @@
 """emr.py against AWS as tests/aws.py plays it: what is sent, what comes back, and how each way to fail ends."""
 
+import gzip
 import json
 import os
 import signal
@@ -11,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import emr
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -20,12 +20,14 @@ from botocore.exceptions import EndpointConnectionError
 from moto.emr.exceptions import ValidationException
 from moto.emr.responses import ElasticMapReduceResponse
 
-import submit
+from bootstrap import remote, submit
+from bootstrap.aws import bucket, cloud, emr, serverless
 from tests.aws import BUCKET, REGION, SECRET, Aws, aws, keys
 from tests.conftest import ROOT, run
 from tests.test_pipeline import forget
 
-TARGETS = ("emr", "emr-serverless")
+SERVICES: dict[str, Any] = {"emr": emr.Cluster, "emr-serverless": serverless.Application}
+TARGETS = tuple(SERVICES)
 
 # A stage without Spark: it writes a table as Spark does, then does what its flag says.
 STAGE = """
@@ -58,14 +60,16 @@ def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     """AWS with the stack and a cluster, an empty bucket, and here a folder with a stage and three files for it."""
     for name, value in played.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(emr, "SECONDS", 0.05)
-    monkeypatch.setattr(emr, "LOG_SECONDS", 0.2)
-    monkeypatch.setattr(emr, "LOG_SECONDS_OF_FAILURE", 0.2)
+    for module in (remote, bucket):
+        monkeypatch.setattr(module, "SECONDS", 0.05)
+    monkeypatch.setattr(remote, "LOG_SECONDS", 0.2)
+    monkeypatch.setattr(remote, "LOG_SECONDS_OF_FAILURE", 0.2)
     monkeypatch.chdir(tmp_path)
     played.fresh()
     played.is_plain, played.is_paused = True, False
     (tmp_path / "stage.py").write_text(STAGE)
     (tmp_path / "in").mkdir()
+    (tmp_path / ".dvc").mkdir()
     for name in ("a", "b", "c é#%"):
         (tmp_path / f"in/{name}.txt").write_text(name)
     return played
@@ -78,13 +82,15 @@ def refusal(code: str, message: str) -> ValidationException:
 
 
 def call(target: str = "emr", what: str = "well", source: str = "in", output: str = "out", dry_run: bool = False) -> int:
-    return emr.run(submit.parse(["stage.py", source, output, "--what", what]), target, dry_run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARK_TARGET", target)
+        return submit.main(["--dry_run"] * dry_run + ["spark-submit", "stage.py", source, output, "--what", what])
 
 
 def while_it_waits(monkeypatch: pytest.MonkeyPatch, happens: Callable[..., None]) -> None:
-    """Let that happen whenever emr, and no other thread of this process, would sleep."""
+    """Let that happen whenever the wait for a run, and no other thread of this process, would sleep."""
     own = SimpleNamespace(monotonic=time.monotonic, strftime=time.strftime, sleep=happens)
-    monkeypatch.setattr(emr, "time", own)
+    monkeypatch.setattr(remote, "time", own)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -152,7 +158,7 @@ def test_a_dry_run_prints_the_command_and_sends_nothing(there: Aws, capsys: pyte
 def test_a_step_is_spark_submit_in_client_mode_with_the_settings_of_every_run(there: Aws) -> None:
     call()
     (step,) = there.clusters()[-1].steps
-    settings = emr.spark_defaults() | {"spark.featurize.cache": f"s3://{BUCKET}/feature-cache"}
+    settings = remote.spark_defaults() | {"spark.featurize.cache": f"s3://{BUCKET}/feature-cache"}
     conf = [word for item in settings.items() for word in ("--conf", "=".join(item))]
     assert (step.jar, step.args[: 3 + len(conf)]) == (
         "command-runner.jar",
@@ -210,7 +216,7 @@ def test_a_call_that_was_cut_off_is_taken_up_by_the_same_command(
         raise EndpointConnectionError(endpoint_url="https://elasticmapreduce.eu-west-3.amazonaws.com")
 
     with monkeypatch.context() as patch:
-        patch.setattr(emr.SERVICES[target], "look", cut_off)
+        patch.setattr(SERVICES[target], "look", cut_off)
         with pytest.raises(SystemExit, match="Could not connect to the endpoint"):
             call(target)
     assert "goes on; the same command takes it up again" in capsys.readouterr().out
@@ -220,16 +226,16 @@ def test_a_call_that_was_cut_off_is_taken_up_by_the_same_command(
 
 def test_of_a_step_that_was_added_twice_one_is_cancelled(there: Aws) -> None:
     there.is_paused = True
-    service = emr.Cluster(emr.cloud.settings(), {})
-    first, second = (service.start("stage 1", {}, ["s3://b/s.py"], 60) for _ in range(2))
+    service = emr.Cluster(cloud.settings(), {})
+    first, second = (service.start("stage 1", {}, ["s3://b/s.py"]) for _ in range(2))
     assert {step.id: step.state for step in there.clusters()[-1].steps} == {first: "CANCELLED", second: "PENDING"}
 
 
 def test_a_job_run_whose_start_was_not_answered_is_not_started_twice(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
     there.is_paused = True
-    service = emr.Application(emr.cloud.settings(), emr.cloud.outputs(emr.cloud.settings()))
+    service = serverless.Application(cloud.settings(), cloud.outputs(cloud.settings()))
     monkeypatch.setattr(service, "_runs", lambda name: [])  # as asked before the first start was done
-    assert service.start("stage 1", {}, ["s3://b/s.py"], 60) == service.start("stage 1", {}, ["s3://b/s.py"], 60)
+    assert service.start("stage 1", {}, ["s3://b/s.py"]) == service.start("stage 1", {}, ["s3://b/s.py"])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -286,7 +292,7 @@ def test_a_bootstrap_action_that_fails_is_told_with_the_address_of_its_log(
             "On the master instance (i-0abc), bootstrap action 1 returned a non-zero return code"
         )
 
-    there.client("s3").put_object(Bucket=BUCKET, Key=f"logs/{log}", Body=emr.gzip.compress(b"ERROR: no matching hash"))
+    there.client("s3").put_object(Bucket=BUCKET, Key=f"logs/{log}", Body=gzip.compress(b"ERROR: no matching hash"))
     while_it_waits(monkeypatch, fail)
     with pytest.raises(SystemExit, match=r"bootstrap action 1 returned .*\nIts logs: \S+/i-0abc/bootstrap-actions/1/"):
         call()
@@ -341,7 +347,7 @@ def test_an_upload_that_is_refused_ends_it_in_a_line(there: Aws, monkeypatch: py
     def refused(*_: Any, **__: Any) -> None:
         raise S3UploadFailedError("Failed to upload a.txt: AccessDenied")
 
-    monkeypatch.setattr(emr.Bucket, "put_file", refused)
+    monkeypatch.setattr(bucket.Bucket, "put", refused)
     with pytest.raises(SystemExit, match=r"^submit: Failed to upload a\.txt: AccessDenied$"):
         call()
 
@@ -354,7 +360,7 @@ def test_without_a_cluster_it_says_how_to_start_one(there: Aws) -> None:
 
 def test_without_an_application_it_says_how_to_add_one() -> None:
     with pytest.raises(SystemExit, match="no EMR Serverless application"):
-        emr.Application({"region": REGION, "serverless": {}}, {"Bucket": BUCKET})
+        serverless.Application({"region": REGION, "serverless": {}}, {"Bucket": BUCKET})
 
 
 def test_a_folder_without_files_is_not_sent(there: Aws) -> None:
@@ -365,7 +371,7 @@ def test_a_folder_without_files_is_not_sent(there: Aws) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_it_took_is_set_down(target: str, there: Aws) -> None:
     call(target)
-    (took,) = json.loads(Path("reports/runtime.json").read_text())["stages"]
+    took = json.loads(Path(".dvc/tmp/took/stage.json").read_text())
     assert (took["where"], took["images"], took["euros"] > 0) == (target, 3, True)
 
 
@@ -382,8 +388,8 @@ def test_no_key_is_on_a_command_line_or_in_the_bucket(there: Aws) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_told_to_end_it_cancels_the_step_and_ends(number: signal.Signals, there: Aws, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "bootstrap/submit.py"), "stage.py", "in", "out", "--what", "hang"],
-        env=os.environ | {"SPARK_TARGET": "emr"},
+        [sys.executable, "-m", "bootstrap.submit", "spark-submit", "stage.py", "in", "out", "--what", "hang"],
+        env=os.environ | {"SPARK_TARGET": "emr", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

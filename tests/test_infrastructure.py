@@ -9,15 +9,13 @@ from typing import Any
 
 import boto3
 import botocore.client
-import cloud
-import infrastructure
 import pytest
-import residency
 import yaml
 from moto import mock_aws
 from moto.cloudformation.models import ChangeSet
 from moto.ec2.models.route_tables import RouteTable
 
+from bootstrap.aws import cloud, infrastructure, residency
 from tests.conftest import ROOT
 
 SETTINGS = cloud.settings()

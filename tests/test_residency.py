@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import cloud
 import moto
 import pytest
-import residency
 import yaml
 from botocore.exceptions import ClientError
-from residency import Finding
+
+from bootstrap.aws import cloud, residency
+from bootstrap.aws.residency import Finding
 
 PARIS, IRELAND, VIRGINIA, ZURICH = "eu-west-3", "eu-west-1", "us-east-1", "eu-central-2"
 REMOTE = {"url": "s3://data/dvc", "region": PARIS}
@@ -279,7 +279,7 @@ def test_a_server_of_this_machine_may_be_without_a_location_but_not_elsewhere(
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:8333")
     client = cloud.client("s3", PARIS)
-    (finding,) = residency.hosts("service s3", client)
+    (finding,) = residency.check_endpoint("service s3", client)
     assert finding == ("service s3", residency.HOST, f"{host}:8333, this machine: nothing leaves", True)
     monkeypatch.setattr(client, "get_bucket_location", lambda Bucket: {"LocationConstraint": location})
     assert residency.location("data", client) == expected

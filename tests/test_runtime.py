@@ -1,17 +1,20 @@
 """runtime.py: what a stage took, as reports/runtime.json has it."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-import runtime
-from job import Job
+from bootstrap import runtime
+from bootstrap.job import Job
 
-JOB = Job("stages/reduce.py", ["in"], "out", [])
+JOB = Job("spark-submit", "stages/reduce.py", ["in"], "out", ["--k", "64"])
+HERE = {"where": "local", "cores": 2, "seconds": 5.0}
 EMR = {
     "where": "emr",
     "cores": 16,
@@ -26,6 +29,7 @@ EMR = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dvc").mkdir()
     write("in/features", image_id=["a", "b"])
     write("out/embeddings", image_id=["a", "b", "c", "d"])
     write("out/model", feature=list(range(1280)))
@@ -37,8 +41,22 @@ def write(folder: str, **columns: list[Any]) -> None:
     pq.write_table(pa.table(columns), f"{folder}/part-00000.parquet")
 
 
-def recorded() -> dict[str, Any]:
-    return dict(json.loads(Path("reports/runtime.json").read_text()))
+def lock(**commands: str) -> dict[str, Any]:
+    """What dvc.lock says of stages with these command lines, and write it."""
+    stages = {name: {"cmd": f"python -m bootstrap.submit {command}"} for name, command in commands.items()}
+    Path("dvc.lock").write_text(yaml.safe_dump({"stages": {**stages, "runtime": {"cmd": "python -m bootstrap.runtime"}}}))
+    return stages
+
+
+def end_run(**commands: str) -> dict[str, Any]:
+    """Let a run end that has these stages in its dvc.lock; its record, the stages by name."""
+    lock(**commands)
+    runtime.main(["dvc.lock", "reports/runtime.json"])
+    record = json.loads(Path("reports/runtime.json").read_text())
+    return record | {"stages": {stage["stage"]: stage for stage in record["stages"]}}
+
+
+REDUCE = "spark-submit stages/reduce.py in out --k"
 
 
 def test_images_are_the_rows_of_the_longest_table_of_images() -> None:
@@ -52,21 +70,70 @@ def test_where_there_is_no_table_images_are_the_files() -> None:
     assert runtime.count_images(["raw"]) == 3
 
 
-def test_a_run_takes_the_place_of_the_stages_last_and_leaves_the_others() -> None:
-    for stage, seconds in (("ingest", 5.0), ("reduce", 7.0), ("reduce", 9.0)):
-        runtime.record(JOB._replace(stage=f"stages/{stage}.py"), {"where": "local", "cores": 2, "seconds": seconds})
-    assert {took["stage"]: took["seconds"] for took in recorded()["stages"]} == {"ingest": 5.0, "reduce": 9.0}
+def test_a_stage_that_has_run_is_set_down_as_computed() -> None:
+    runtime.record(JOB, HERE)
+    (took,) = end_run(reduce=f"{REDUCE} 64")["stages"].values()
+    assert (took["is_cached"], took["where"], took["seconds"], took["images"]) == (False, "local", 5.0, 4)
 
 
-def test_what_cost_nothing_has_no_price() -> None:
-    runtime.record(JOB, {"where": "local", "cores": 2, "seconds": 5.0})
-    assert recorded()["run"] == {"seconds": 5.0}
+def test_a_stage_that_did_not_run_again_says_so_and_what_it_took() -> None:
+    runtime.record(JOB, HERE)
+    end_run(reduce=f"{REDUCE} 64")
+    took = end_run(reduce=f"{REDUCE} 64")["stages"]["reduce"]
+    assert (took["is_cached"], took["seconds"]) == (True, 5.0)
+
+
+def test_a_stage_taken_from_the_cache_has_what_it_took_when_it_was_computed() -> None:
+    runtime.record(JOB, HERE)
+    end_run(reduce=f"{REDUCE} 64")
+    runtime.record(JOB._replace(flags=["--k", "8"]), HERE | {"seconds": 3.0})
+    end_run(reduce=f"{REDUCE} 8")
+    took = end_run(reduce=f"{REDUCE} 64")["stages"]["reduce"]
+    assert (took["is_cached"], took["seconds"]) == (True, 5.0)
+
+
+def test_the_note_of_a_run_that_was_cut_off_is_not_taken_for_another_command() -> None:
+    runtime.record(JOB._replace(flags=["--k", "8"]), HERE)  # and then the run was killed
+    took = end_run(reduce=f"{REDUCE} 64")["stages"]["reduce"]
+    assert (took["is_cached"], "seconds" in took) == (True, False)
+
+
+def test_in_a_clone_the_committed_record_tells_what_a_stage_took(folder: Path) -> None:
+    runtime.record(JOB, HERE)
+    end_run(reduce=f"{REDUCE} 64")
+    shutil.rmtree(folder / ".dvc/tmp")  # which no clone has
+    assert end_run(reduce=f"{REDUCE} 64")["stages"]["reduce"]["seconds"] == 5.0
+
+
+def test_the_committed_record_of_another_result_tells_nothing(folder: Path) -> None:
+    runtime.record(JOB, HERE)
+    end_run(reduce=f"{REDUCE} 64")
+    shutil.rmtree(folder / ".dvc/tmp")
+    assert "seconds" not in end_run(reduce=f"{REDUCE} 8")["stages"]["reduce"]
+
+
+def test_the_sums_are_of_all_stages_computed_or_not() -> None:
+    for name in ("covariance", "reduce"):
+        runtime.record(JOB._replace(stage=f"stages/{name}.py"), HERE)
+    commands = {name: f"spark-submit stages/{name}.py in out --k 64" for name in ("covariance", "reduce")}
+    end_run(**commands)
+    runtime.record(JOB, HERE | {"seconds": 7.0})
+    assert end_run(**commands)["run"] == {"stages": 2, "stages_cached": 1, "seconds": 12.0}
+
+
+def test_outside_of_a_repository_nothing_is_set_down(folder: Path) -> None:
+    (folder / ".dvc").rmdir()
+    runtime.record(JOB, HERE)
+    assert not (folder / ".dvc").exists()
 
 
 def test_start_up_is_apart_from_the_work() -> None:
-    for stage in ("covariance", "reduce"):
-        runtime.record(JOB._replace(stage=f"stages/{stage}.py"), EMR)
-    assert recorded()["run"] == {
+    for name in ("covariance", "reduce"):
+        runtime.record(JOB._replace(stage=f"stages/{name}.py"), EMR)
+    commands = {name: f"spark-submit stages/{name}.py in out --k 64" for name in ("covariance", "reduce")}
+    assert end_run(**commands)["run"] == {
+        "stages": 2,
+        "stages_cached": 0,
         "seconds": 120.0,
         "node_hours": 0.1,
         "euros": 0.04,
@@ -78,6 +145,7 @@ def test_start_up_is_apart_from_the_work() -> None:
 
 def test_an_estimate_grows_with_images_and_shrinks_with_cores() -> None:
     runtime.record(JOB, EMR)  # 60 s for 4 images on 16 cores; now 2 images
+    end_run(reduce=f"{REDUCE} 64")
     assert runtime.estimate(JOB, cores=8) == pytest.approx(60.0)
 
 

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import cloud
 import pytest
-import residency
-import wheelhouse
 from moto import mock_aws
 
+from bootstrap.aws import cloud, residency, wheelhouse
 from tests.conftest import ROOT
 
 SETTINGS = cloud.settings()

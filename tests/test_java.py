@@ -1,0 +1,63 @@
+"""java.py: which Java is refused, and the archive of Spark's classes."""
+
+from pathlib import Path
+
+import pytest
+
+from bootstrap import java
+from tests.helpers import make_archive
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('openjdk version "11.0.2" 2019-01-15', r"Java 17 or 21, and .* is: openjdk version \"11.0.2\""),
+        ('java version "1.8.0_392"', r"Java 17 or 21, and .* is: java version \"1.8"),
+        ("no java here", "Java 17 or 21"),
+    ],
+)
+def test_another_java_is_refused_by_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, message: str
+) -> None:
+    binary = tmp_path / "bin" / "java"
+    binary.parent.mkdir()
+    binary.write_text(f"#!/bin/sh\necho '{said}' >&2\n")
+    binary.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match=message):
+        java.check_java()
+
+
+def test_no_java_is_said_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"cannot be run .*Install one"):
+        java.check_java()
+
+
+def test_the_first_run_makes_the_archive_of_classes_that_the_next_ones_share(dvc_root: dict[str, str]) -> None:
+    archive = make_archive(dvc_root, "17.0.15")
+    with java.class_archive(dvc_root, "17.0.15") as options:
+        assert options.split()[0] == f"-XX:SharedArchiveFile={archive}"
+
+
+def test_the_archive_of_another_java_is_replaced(dvc_root: dict[str, str]) -> None:
+    before = make_archive(dvc_root, "17.0.15")
+    assert make_archive(dvc_root, "17.0.16") != before
+
+
+def test_a_run_that_was_killed_leaves_no_part_of_an_archive(dvc_root: dict[str, str], tmp_path: Path) -> None:
+    def killed() -> None:
+        with java.class_archive(dvc_root, "17.0.15") as options:
+            Path(options.split()[0].removeprefix("-XX:ArchiveClassesAtExit=")).write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        killed()
+    assert list((tmp_path / ".dvc/tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"])
+def test_with_folders_in_the_class_path_there_is_no_archive(dvc_root: dict[str, str], name: str) -> None:
+    # Java would end with status 1 after all the work is done.
+    with java.class_archive(dvc_root | {name: "/etc/hadoop"}, "17.0.15") as options:
+        assert options == ""

@@ -1,0 +1,110 @@
+"""job.py: how an output is published, and how a folder is locked."""
+
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from bootstrap import job
+from bootstrap.job import Job
+
+
+def test_canonicalize_makes_equal_tables_equal_files(tmp_path: Path) -> None:
+    rows = pa.table({"id": [1, 2, 3], "values": [[1.0], [2.0], [3.0]]})
+    for name, metadata in (("a", {b"writer": b"Spark 4.0.2"}), ("b", {b"writer": b"Spark 3.5.6"})):
+        (tmp_path / name).mkdir()
+        pq.write_table(rows.replace_schema_metadata(metadata), tmp_path / name / f"part-00000-{name}.c000.parquet")
+        (tmp_path / name / "_SUCCESS").touch()
+        (tmp_path / name / f".part-00000-{name}.c000.parquet.crc").touch()
+        job.canonicalize(tmp_path / name)
+    (a,) = (tmp_path / "a").iterdir()
+    (b,) = (tmp_path / "b").iterdir()
+    assert (a.name, a.read_bytes()) == ("part-00000.parquet", b.read_bytes())
+
+
+def test_canonicalize_keeps_rows_and_their_order(tmp_path: Path) -> None:
+    rows = pa.table({"id": list(range(5000, 0, -1)), "content": [b"x"] * 5000})
+    pq.write_table(rows, tmp_path / "part-00007-uuid.snappy.parquet")
+    job.canonicalize(tmp_path)
+    assert pq.read_table(tmp_path / "part-00007.parquet").equals(rows)
+
+
+def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    order = []
+
+    def second() -> None:
+        with job.lock_folder(tmp_path):
+            order.append("second")
+
+    with job.lock_folder(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    assert f"another run is still at work in {tmp_path}; waiting for it to end" in capsys.readouterr().err
+
+
+def test_two_runs_write_to_two_folders_at_once(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with job.lock_folder(tmp_path), job.lock_folder(tmp_path / "other"):
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as of NFS
+
+    monkeypatch.setattr(job.fcntl, "flock", flock)
+    with job.lock_folder(tmp_path) as lock:
+        assert os.fstat(lock).st_ino == tmp_path.stat().st_ino
+
+
+def place(tmp_path: Path) -> tuple[Job, Path]:
+    """A job whose output is there from an earlier run, and the path that it writes to."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/earlier").touch()
+    return Job("python", "stages/x.py", [], str(tmp_path / "out"), []), tmp_path / "out.partial"
+
+
+def test_what_a_job_wrote_takes_the_place_of_its_earlier_output(tmp_path: Path) -> None:
+    job_, partial = place(tmp_path)
+    partial.mkdir()
+    (partial / "new").touch()
+    job.publish(job_, partial, is_sound=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_an_output_may_be_a_file(tmp_path: Path) -> None:
+    partial = tmp_path / "drift.json.partial"
+    partial.write_text("{}")
+    job.publish(Job("python", "stages/x.py", [], str(tmp_path / "drift.json"), []), partial, is_sound=True)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("drift.json", "{}")]
+
+
+def test_a_job_that_failed_leaves_the_earlier_output_as_it_was(tmp_path: Path) -> None:
+    job_, partial = place(tmp_path)
+    partial.mkdir()
+    job.publish(job_, partial, is_sound=False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "earlier"]
+
+
+def test_a_job_that_wrote_nothing_is_refused_and_the_earlier_output_stays(tmp_path: Path) -> None:
+    job_, partial = place(tmp_path)
+    with pytest.raises(SystemExit, match=r"x ended well but wrote no .*out; the earlier one is left as it was"):
+        job.publish(job_, partial, is_sound=True)
+    assert (tmp_path / "out/earlier").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_run_left_is_gone_before_the_next_begins(kind: str, tmp_path: Path) -> None:
+    job_, partial = place(tmp_path)
+    partial.touch() if kind == "file" else (partial / "half").mkdir(parents=True)
+    with job.workplace(job_) as (fresh, _):
+        assert (fresh, fresh.exists()) == (partial, False)

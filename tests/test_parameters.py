@@ -1,0 +1,88 @@
+"""parameters.py: each number of params.yaml has its bounds, and a wrong one ends a run before it begins."""
+
+import importlib
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.parsing import interpolate
+
+from bootstrap import parameters, submit
+from tests.conftest import ROOT
+
+PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+NUMBERS = [
+    (stage, name)
+    for stage, section in PARAMS.items()
+    if isinstance(section, dict)
+    for name, value in section.items()
+    if isinstance(value, int | float) or (isinstance(value, list) and all(isinstance(each, int) for each in value))
+]
+# 0 is a seed like others, and nothing refused may be what somebody wants.
+WRONG = [
+    (stage, name, value)
+    for stage, name in NUMBERS
+    for value in ("0", "-1", "much", "nan", "1" + 30 * "0")
+    if value != "0" or name not in ("seed", "max_quarantine_ratio")
+]
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The pipeline and its stages, whose dvc.lock has accepted params.yaml as it is."""
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "stages").symlink_to(ROOT / "stages")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def change(repository: Path, stage: str, **values: Any) -> None:
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    params[stage] |= values
+    (repository / "params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.mark.parametrize(("stage", "name", "value"), WRONG)
+def test_a_number_beyond_its_bounds_is_refused_by_its_name(
+    stage: str, name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(PIPELINE[stage]["cmd"])
+    places = words[words.index(f"stages/{stage}.py") + 1 : -1]
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"stages.{stage}").parse_args([*places, *parameters.flags(PARAMS[stage] | {name: value})])
+    assert f"argument --{name}: " in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_a_later_stage_ends_the_first_stage_before_it_begins(repository: Path) -> None:
+    change(repository, "evaluate", curve=[2, 0])
+    with pytest.raises(SystemExit, match=r"^params\.yaml: evaluate: argument --curve: 0 is not between 1 and [\d,]+$"):
+        submit.main(["python", "stages/sample.py", "data/sample", *parameters.flags(PARAMS["sample"])])
+    assert not (repository / "data").exists()
+
+
+def test_each_wrong_section_has_its_line(repository: Path) -> None:
+    change(repository, "covariance", max_blocks=0)
+    change(repository, "reduce", k=1.0)
+    with pytest.raises(SystemExit) as ended:
+        parameters.check("sample")
+    assert [line.split(": ")[1] for line in str(ended.value).splitlines()] == ["covariance", "reduce"]
+
+
+def test_a_parameter_that_no_stage_knows_is_refused(repository: Path) -> None:
+    change(repository, "drift", until="HEAD")
+    with pytest.raises(SystemExit, match="drift: unrecognized arguments: --until HEAD"):
+        parameters.check("sample")
+
+
+def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> None:
+    (repository / "stages").unlink()  # nor could it be
+    parameters.check("sample")
+
+
+def test_flags_are_what_dvc_makes_of_a_section() -> None:
+    section = {"k": 0.95, "names": [2, 4], "pattern": "^a b$", "is_on": True, "is_off": False}
+    assert parameters.flags(section) == shlex.split(interpolate.to_str(section))
