@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from bootstrap import job
 from bootstrap.job import Job
+from tests.conftest import ROOT
 
 
 def test_canonicalize_makes_equal_tables_equal_files(tmp_path: Path) -> None:
@@ -108,3 +111,30 @@ def test_what_a_killed_run_left_is_gone_before_the_next_begins(kind: str, tmp_pa
     partial.touch() if kind == "file" else (partial / "half").mkdir(parents=True)
     with job.workplace(job_) as (fresh, _):
         assert (fresh, fresh.exists()) == (partial, False)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from bootstrap import job
+job.canonicalize(Path(sys.argv[1]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_publishing_a_hundred_parts_takes_no_more_memory_than_ten(tmp_path: Path) -> None:
+    n_rows = 64
+    rows = pa.table(
+        {"image_id": [f"{i:064x}" for i in range(n_rows)], "content": [os.urandom(2**17) for _ in range(n_rows)]}
+    )
+    pq.write_table(rows, tmp_path / "one", compression="none", use_dictionary=False)  # 8 MiB, which no codec makes smaller
+    peaks = []
+    for n_parts in (10, 100):
+        table = tmp_path / str(n_parts)
+        table.mkdir()
+        for i in range(n_parts):
+            (table / f"part-{i:05}-x.parquet").hardlink_to(tmp_path / "one")
+        done = subprocess.run([sys.executable, "-c", PEAK, table], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < 1.2 * peaks[0]

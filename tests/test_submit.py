@@ -58,9 +58,7 @@ def test_the_command_line_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(local, "BOOTSTRAP", Path("/repository/bootstrap"))
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    reduce = submit.parse(
-        ["spark-submit", "stages/reduce.py", "data/features", "data/covariance", "data/reduced", "--k", "64"]
-    )
+    words = "spark-submit stages/reduce.py data/features data/covariance data/reduced --k 64"
     assert local.spark_submit(submit.parse(words.split()), {}) == json.loads((ROOT / "tests/golden/local.json").read_text())
 
 
