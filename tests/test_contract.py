@@ -92,21 +92,6 @@ def test_no_parameter_is_null() -> None:
     assert [key for section in PARAMS.values() if isinstance(section, dict) for key in section if section[key] is None] == []
 
 
-@pytest.mark.parametrize(
-    ("reader", "table", "writer"),
-    [
-        ("featurize", "IMAGES", "ingest"),
-        ("covariance", "FEATURES", "featurize"),
-        ("reduce", "FEATURES", "featurize"),
-        ("reduce", "MOMENTS", "covariance"),
-    ],
-)
-def test_a_reader_knows_the_columns_as_the_writer_writes_them(reader: str, table: str, writer: str) -> None:
-    read = getattr(importlib.import_module(f"stages.{reader}"), table)
-    written = getattr(importlib.import_module(f"stages.{writer}"), table)
-    assert [field for field in read if field not in written.fields] == []
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_lock_is_of_this_code_and_these_parameters(stage: str) -> None:
     # A change of a stage goes with the dvc.lock that it leads to.
