@@ -1,6 +1,6 @@
 """report: one page about a run that a person can look at: what came out, charts, pictures.
 
-usage: report.py INGESTED REDUCED EVALUATION OUTPUT [REVISION...]
+usage: python -m reports.report INGESTED REDUCED EVALUATION OUTPUT [REVISION...]
 
 reads   INGESTED/images, INGESTED/quarantine, REDUCED/embeddings, EVALUATION
         and, through DVC, the charts of dvc.yaml and the experiments of this commit
@@ -31,12 +31,24 @@ import pyarrow.dataset as ds
 import vl_convert
 from PIL import Image
 
+from stages.analysis import RECOGNISERS, SPACES, count_confusions, most_confused, read
+
+LABELLED = ("label", "image_id", "path")
+FOLDS = ("path", "fold")
+PICTURES = ("path", "label", "content")
+QUARANTINE = ("path", "reason", "detail")
+EMBEDDINGS = ("image_id", "path", "label", "embedding")
 PIXELS = 112  # of a picture's longer side
 NEIGHBOURS = 5
 QUERIES = 8  # images whose neighbours are shown
 PAIRS, EXAMPLES = 6, 3  # confused pairs of labels, and images of each
 ROWS = 50  # of the tables of refused files and of experiments
 
+MEANINGS = {
+    "embedding": "k components",
+    "features": "all features: what the reduction can reach at most",
+    "pixels": "16 x 16 raw pixels: what needs no network",
+}
 # What a run is judged by: the name in metrics.json, the format, and what it says.
 METRICS = (
     ("images.images", "{:,}", "photographs in the tables, each of them a row"),
@@ -50,11 +62,11 @@ METRICS = (
     ("variance.held_out_error", "{:.1%}", "of the variance of films that PCA has not seen is lost by as many components"),
     ("variance.k95", "{:,}", "components would keep 95 % of the variance"),
     ("variance.k_enough", "{:,}", "components are enough: the fewest tried whose accuracy may be that of all features"),
-    ("nearest_neighbour.embedding", "{:.1%}", "of the images are next to one of their own label, with k components"),
-    ("nearest_neighbour.features", "{:.1%}", "with all features: what the reduction can reach at most"),
-    ("nearest_neighbour.pixels", "{:.1%}", "with 16 x 16 raw pixels: what needs no network"),
-    ("linear_probe.embedding", "{:.1%}", "are recognised by a logistic regression on k components"),
-    ("linear_probe.features", "{:.1%}", "by one on all features"),
+    *(
+        (f"{name}.{space}", "{:.1%}", f"of the images are recognised by the {recogniser.title} with {MEANINGS[space]}")
+        for name, recogniser in RECOGNISERS.items()
+        for space in SPACES
+    ),
 )
 # What experiments are compared by: parameter or metric, heading, format.
 EXPERIMENTS = (
@@ -63,8 +75,7 @@ EXPERIMENTS = (
     ("variance.components", "k", "{:g}"),
     ("variance.explained", "variance kept", "{:.1%}"),
     ("variance.held_out_error", "lost of unseen films", "{:.1%}"),
-    ("nearest_neighbour.embedding", "nearest neighbour", "{:.1%}"),
-    ("linear_probe.embedding", "linear probe", "{:.1%}"),
+    *((f"{name}.embedding", recogniser.title, "{:.1%}") for name, recogniser in RECOGNISERS.items()),
     ("variance.k_enough", "k that is enough", "{:g}"),
 )
 
@@ -73,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     (metrics,) = pd.json_normalize(json.loads(Path(args.evaluation, "metrics.json").read_text())).to_dict("records")
     predictions = pd.read_csv(Path(args.evaluation, "predictions.csv"), keep_default_na=False)  # NA may be a label
-    images = ds.dataset(f"{args.ingested}/images", format="parquet")
+    images = f"{args.ingested}/images"
 
     labels = one_of_each_label(images)
     neighbours = nearest_of_some(images, args.reduced, predictions)
@@ -108,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def charts(revisions: list[str]) -> dict[str, dict[str, Any]]:
-    """The Vega-Lite specification of each chart of dvc.yaml, by its title."""
+    """Make the Vega-Lite specification of each chart of dvc.yaml, by its title."""
     command = ["plots", "diff", "workspace", *revisions] if revisions else ["plots", "show"]
     said = subprocess.run([sys.executable, "-m", "dvc", *command, "--json"], capture_output=True, text=True)
     if said.returncode:
@@ -118,7 +129,7 @@ def charts(revisions: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def of_page(chart: dict[str, Any], alone: bool) -> dict[str, Any]:
-    """The chart without what the page has: title, version of Vega-Lite and, of one run only, what tells runs apart."""
+    """Leave out of a chart what the page has: title, version of Vega-Lite and, of one run only, what tells runs apart."""
     chart = {key: value for key, value in chart.items() if key not in ("title", "$schema")}
     if isinstance(height := chart.get("height"), dict):  # a chart as wide as the page must know its height
         y = chart["encoding"]["y"]["field"]
@@ -137,19 +148,18 @@ def of_page(chart: dict[str, Any], alone: bool) -> dict[str, Any]:
     return chart
 
 
-def one_of_each_label(images: ds.Dataset) -> pd.DataFrame:
-    """label, n_images and path, that of the image of least image_id, for each label."""
-    columns = ["label", "image_id", "path"]
-    table = images.to_table(columns).sort_by([(column, "ascending") for column in columns])
+def one_of_each_label(images: str) -> pd.DataFrame:
+    """Find label, n_images and path, that of the image of least image_id, for each label."""
+    table = read(images, LABELLED).sort_by([(column, "ascending") for column in LABELLED])
     grouped = table.group_by("label", use_threads=False).aggregate([("path", "first"), ("path", "count")])
     return grouped.to_pandas().rename(columns={"path_first": "path", "path_count": "n_images"})
 
 
-def nearest_of_some(images: ds.Dataset, reduced: str, predictions: pd.DataFrame) -> list[list[str]]:
-    """The paths of QUERIES images of as many labels as can be, each with those of its NEIGHBOURS in the other fold."""
+def nearest_of_some(images: str, reduced: str, predictions: pd.DataFrame) -> list[list[str]]:
+    """Find the paths of QUERIES images of as many labels as can be, each with those of its NEIGHBOURS in the other fold."""
     tested = pc.field("path").isin(pa.array(predictions["path"], pa.string()))
-    folds = images.to_table(["path", "fold"], filter=tested).to_pandas()
-    embeddings = ds.dataset(f"{reduced}/embeddings", format="parquet").to_table(filter=tested).to_pandas()
+    folds = read(images, FOLDS, tested).to_pandas()
+    embeddings = read(f"{reduced}/embeddings", EMBEDDINGS, tested).to_pandas()
     rows = embeddings.merge(folds, on="path").sort_values(["image_id", "path"], ignore_index=True)
     firsts = rows.groupby("label").head(1).sort_values("label")
     found = []
@@ -161,30 +171,24 @@ def nearest_of_some(images: ds.Dataset, reduced: str, predictions: pd.DataFrame)
 
 
 def confused_pairs(predictions: pd.DataFrame) -> list[dict[str, Any]]:
-    """The pairs of labels confused most often: label, predicted, n_images, share of the label's, and paths of examples.
+    """Find the pairs of labels confused most often: label, predicted, n_images, share of the label's, paths of examples.
 
     Paths go in twos: the image, and the one that it was taken for.
     """
-    wrong = predictions[predictions["label"] != predictions["predicted"]]
-    n_images = predictions["label"].value_counts()
-    pairs = [
-        {
-            "label": label,
-            "predicted": predicted,
-            "n_images": len(rows),
-            "share": len(rows) / n_images[label],
-            "paths": rows[["path", "nearest"]].iloc[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES].to_numpy().ravel().tolist(),
-        }
-        for (label, predicted), rows in wrong.groupby(["label", "predicted"])
-    ]
-    return sorted(pairs, key=lambda pair: -pair["n_images"])[:PAIRS]
+    pairs = most_confused(count_confusions(predictions))[:PAIRS].to_dict("records")
+    by_pair = predictions.groupby(["label", "predicted"])
+    for pair in pairs:
+        rows = by_pair.get_group((pair["label"], pair["predicted"]))
+        some = rows[["path", "nearest"]].iloc[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES]
+        pair["paths"] = some.to_numpy().ravel().tolist()
+    return pairs
 
 
-def pictures(images: ds.Dataset, paths: set[str]) -> dict[str, dict[str, str]]:
-    """Of each path the image's label and its source, a small WebP as a data URI."""
+def pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
+    """Make of each path the image's label and its source, a small WebP as a data URI."""
     wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
     found = {}
-    for batch in images.scanner(["path", "label", "content"], filter=wanted, batch_size=256).to_batches():
+    for batch in ds.dataset(images, format="parquet").to_batches(list(PICTURES), filter=wanted, batch_size=256):
         for row in batch.to_pylist():
             with Image.open(io.BytesIO(row["content"])) as image:
                 image.thumbnail((PIXELS, PIXELS))
@@ -196,13 +200,13 @@ def pictures(images: ds.Dataset, paths: set[str]) -> dict[str, dict[str, str]]:
 
 
 def refused(quarantine: str) -> dict[str, Any]:
-    """How many files were refused for each reason, and the first of them."""
-    table = ds.dataset(quarantine, format="parquet").to_table(["path", "reason", "detail"]).to_pandas().sort_values("path")
+    """Tell how many files were refused for each reason, and the first of them."""
+    table = read(quarantine, QUARANTINE).to_pandas().sort_values("path")
     return {"reasons": table["reason"].value_counts().to_dict(), "refused": table.head(ROWS).to_dict("records")}
 
 
 def experiments() -> list[list[str]]:
-    """The name of each run of this commit that DVC knows, and what EXPERIMENTS says of it: the workspace's, then by k."""
+    """List the runs of this commit that DVC knows, with what EXPERIMENTS says of them: the workspace's, then by k."""
     # DVC has "!" for what it cannot read: the commit's metrics, say, where nobody pushed or pulled them.
     workspace, *others = ({key: value for key, value in run.items() if value != "!"} for run in dvc.api.exp_show())
     others.sort(key=lambda run: run.get("variance.components") or 0)

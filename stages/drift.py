@@ -1,6 +1,6 @@
 """drift: whether the images that are new since an earlier run look like those that were there.
 
-usage: drift.py FEATURES BACKBONE REDUCED OUTPUT --since HEAD
+usage: python -m stages.drift FEATURES BACKBONE REDUCED OUTPUT --since HEAD
 
 reads   FEATURES, BACKBONE/backbone.json
         the same and REDUCED/model as they were in the git revision --since, from DVC's cache or remote
@@ -17,33 +17,32 @@ alone; so its output is no output of DVC and enters no lock. Git keeps it, besid
 import argparse
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.dataset as ds
 from dvc.api import DVCFileSystem
 
+from stages.analysis import Basis, read, rounded, to_matrix
+
+EARLIER = ("image_id", "label")
+IMAGES = (*EARLIER, "path")
+VECTORS = ("features",)
+SCALING = ("feature", "mean", "scale")
+COMPONENTS = ("component", "weights")
 USUAL = 0.99  # share of the earlier images whose reconstruction error is usual
 ROWS = 4096  # of features, at once
 N_NAMED = 5  # images that are named, at most
 
 
-class Basis(NamedTuple):
-    """Principal components, as the stage reduce has them."""
-
-    mean: np.ndarray  # (n_features,)
-    scale: np.ndarray  # (n_features,)
-    components: np.ndarray  # (n_components, n_features), orthonormal rows
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    images = read(args.features, ["image_id", "path", "label"])
+    images = read(args.features, IMAGES).to_pandas()
     drift: dict[str, Any] = {}
     try:
         earlier = DVCFileSystem(".", rev=args.since)
-        earlier_images = read(args.features, ["image_id", "label"], earlier)
+        earlier_images = read(args.features, EARLIER, file_system=earlier).to_pandas()
         is_comparable = graph_of(args.backbone, earlier) == graph_of(args.backbone)
         basis = read_basis(f"{args.reduced}/model", earlier) if is_comparable else None
     except Exception as error:  # no commit, no run in it, no copy of its data here, no key to the remote: git's, DVC's, S3's
@@ -52,15 +51,12 @@ def main(argv: list[str] | None = None) -> None:
         is_any_new = not images["image_id"].isin(earlier_images["image_id"]).all()
         errors = reconstruction_errors(args.features, basis) if basis and is_any_new else None
         drift, said = compare(images.assign(error=errors), earlier_images)
-    partial = Path(f"{args.output}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(drift, indent=2) + "\n")
-    partial.rename(args.output)
+    Path(args.output).write_text(json.dumps(drift, indent=2) + "\n")
     print(f"drift: {said}")
 
 
 def compare(images: pd.DataFrame, earlier: pd.DataFrame) -> tuple[dict[str, Any], str]:
-    """What the run's images (image_id, path, label, error) have that the earlier ones (image_id, label) had not.
+    """Tell what the run's images (image_id, path, label, error) have that the earlier ones (image_id, label) had not.
 
     Returns
     -------
@@ -99,18 +95,18 @@ def compare(images: pd.DataFrame, earlier: pd.DataFrame) -> tuple[dict[str, Any]
 
 
 def count_relabelled(images: pd.DataFrame, earlier: pd.DataFrame) -> int:
-    """Images that both have, but not under the same labels."""
-    pairs = [table[["image_id", "label"]].drop_duplicates() for table in (images, earlier)]
+    """Count the images that both have, but not under the same labels."""
+    pairs = [table[[*EARLIER]].drop_duplicates() for table in (images, earlier)]
     both = pairs[0].merge(pairs[1], how="outer", indicator=True)
     changed = both.loc[both["_merge"] != "both", "image_id"]
     return int((changed.isin(images["image_id"]) & changed.isin(earlier["image_id"])).groupby(changed).any().sum())
 
 
 def reconstruction_errors(features: str, basis: Basis) -> np.ndarray:
-    """What each row of FEATURES loses by projection on the components, squared: float64, (n_rows,)."""
+    """Measure what each row of FEATURES loses by projection on the components, squared: float64, (n_rows,)."""
     errors = []
-    for batch in ds.dataset(features, format="parquet").to_batches(["features"], batch_size=ROWS):
-        rows = batch["features"].flatten().to_numpy().reshape(len(batch), -1)
+    for batch in ds.dataset(features, format="parquet").to_batches(list(VECTORS), batch_size=ROWS):
+        rows = to_matrix(batch["features"].flatten().to_numpy(), len(batch))
         scaled = (rows - basis.mean) / basis.scale
         lost = (scaled**2).sum(axis=1) - ((scaled @ basis.components.T) ** 2).sum(axis=1)
         errors.append(lost.clip(0))  # rounding
@@ -118,24 +114,17 @@ def reconstruction_errors(features: str, basis: Basis) -> np.ndarray:
 
 
 def read_basis(model: str, file_system: DVCFileSystem) -> Basis:
-    scaling = read(f"{model}/scaling", ["feature", "mean", "scale"], file_system).sort_values("feature")
-    components = read(f"{model}/components", ["component", "weights"], file_system).sort_values("component")
+    """Read the principal components of an earlier run."""
+    scaling = read(f"{model}/scaling", SCALING, file_system=file_system).to_pandas().sort_values("feature")
+    components = read(f"{model}/components", COMPONENTS, file_system=file_system).to_pandas().sort_values("component")
     return Basis(scaling["mean"].to_numpy(), scaling["scale"].to_numpy(), np.stack(components["weights"].to_list()))
 
 
 def graph_of(backbone: str, file_system: DVCFileSystem | None = None) -> str:
-    """Which network it was: features of two cannot be compared."""
+    """Tell which network it was: features of two cannot be compared."""
     path = f"{backbone}/backbone.json"
     text = file_system.read_text(path) if file_system else Path(path).read_text()
     return str(json.loads(text)["graph_sha256"])
-
-
-def read(folder: str, columns: list[str], file_system: DVCFileSystem | None = None) -> pd.DataFrame:
-    return ds.dataset(folder, filesystem=file_system, format="parquet").to_table(columns).to_pandas()
-
-
-def rounded(value: float) -> float:
-    return round(float(value), 4)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

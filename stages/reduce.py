@@ -7,6 +7,7 @@ reads   FEATURES    files of FEATURES
 writes  OUTPUT/model/components  COMPONENTS, k rows
         OUTPUT/model/scaling     SCALING, one row for each feature
         OUTPUT/model/spectrum    SPECTRUM, one row for each component there is
+        OUTPUT/model/settings    SETTINGS, one row
         OUTPUT/embeddings        EMBEDDINGS, one row for each row of FEATURES
 
 An embedding is ((features - mean) / scale) @ components.T, as scikit-learn has it. (pyspark.ml.feature.PCAModel does not
@@ -59,7 +60,14 @@ SCALING = T.StructType(
         T.StructField("scale", T.DoubleType()),
     ]
 )
+SETTINGS = T.StructType(
+    [
+        T.StructField("k", T.IntegerType()),  # components that are kept, also where a share of the variance was asked for
+        T.StructField("scale", T.StringType()),  # one of SCALES
+    ]
+)
 SCALES = ("none", "standard")
+MAX_K = 100_000
 ROUNDING = 1e-12  # of a sum of shares
 
 
@@ -95,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         ("components", components, COMPONENTS),
         ("scaling", scaling, SCALING),
         ("spectrum", spectrum, SPECTRUM),
+        ("settings", pd.DataFrame({"k": [k], "scale": [args.scale]}), SETTINGS),
     ):
         spark.createDataFrame(table, schema).coalesce(1).write.parquet(f"{args.output}/model/{name}")
 
@@ -107,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, components: np.ndarray) -> DataFrame:
-    """EMBEDDINGS, one row for each row of the files, in their order.
+    """Make EMBEDDINGS, one row for each row of the files, in their order.
 
     The files are read here and not by Spark, which would take longer to hand the rows over one by one than to multiply them.
     """
@@ -128,7 +137,7 @@ def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, compone
 
 
 def total_moments(folds: Sequence[Mapping[str, Any]]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Number, mean (n_features,) and scatter matrix (n_features, n_features) of all folds together."""
+    """Add up the folds: number, mean (n_features,) and scatter matrix (n_features, n_features) of all of them."""
     folds = sorted(folds, key=lambda row: row["fold"])
     means = np.stack([np.frombuffer(row["mean"]) for row in folds])
     counts = np.array([row["n"] for row in folds])
@@ -139,14 +148,14 @@ def total_moments(folds: Sequence[Mapping[str, Any]]) -> tuple[int, np.ndarray, 
 
 
 def to_square(triangle: np.ndarray, n: int) -> np.ndarray:
-    """The symmetric matrix of shape (n, n) with that lower triangle."""
+    """Make the symmetric matrix of shape (n, n) that has this lower triangle."""
     square = np.zeros((n, n))
     square[np.tri(n, dtype=bool)] = triangle
     return square + np.tril(square, -1).T
 
 
 def fit(n: int, mean: np.ndarray, scatter: np.ndarray, scale: str) -> PCA:
-    """Principal components of n rows that have this mean and scatter matrix.
+    """Fit the principal components of n rows that have this mean and scatter matrix.
 
     Parameters
     ----------
@@ -171,13 +180,14 @@ def fit(n: int, mean: np.ndarray, scatter: np.ndarray, scale: str) -> PCA:
 
 
 def fix_signs(components: np.ndarray) -> np.ndarray:
-    """The same directions, each with its largest weight positive; LAPACK leaves the sign to chance."""
+    """Turn each direction so that its largest weight is positive; LAPACK leaves the sign to chance."""
     largest = np.abs(components).argmax(axis=1)
     signs = np.where(components[np.arange(len(components)), largest] < 0, -1.0, 1.0)
     return components * signs[:, None]
 
 
 def spectrum_of(explained_variance: np.ndarray) -> pd.DataFrame:
+    """Make SPECTRUM of these variances."""
     ratio = explained_variance / (explained_variance.sum() or 1.0)
     return pd.DataFrame(
         {
@@ -190,7 +200,7 @@ def spectrum_of(explained_variance: np.ndarray) -> pd.DataFrame:
 
 
 def choose_k(k: int | float, cumulative: np.ndarray, rank: int) -> int:
-    """The number of components: k itself, or the fewest that keep the share k of the variance.
+    """Choose the number of components: k itself, or the fewest that keep the share k of the variance.
 
     Raises
     ------
@@ -207,7 +217,7 @@ def choose_k(k: int | float, cumulative: np.ndarray, rank: int) -> int:
 
 
 def project(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, components: np.ndarray) -> np.ndarray:
-    """Coordinates of the features on the components.
+    """Give the coordinates of the features on the components.
 
     Parameters
     ----------
@@ -223,20 +233,20 @@ def project(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, component
 
 
 def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists of equal length as an array of shape (n_rows, length)."""
+    """Read a column of lists of equal length as an array of shape (n_rows, length)."""
     return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1)
 
 
 def count_or_share(text: str) -> int | float:
-    """A whole number of 1 or more, or a share between 0 and 1."""
+    """Read a whole number of 1 to MAX_K, or a share between 0 and 1."""
     try:
         k = int(text) if text.lstrip("+-").isdigit() else float(text)
     except ValueError:
         k = 0
-    if (isinstance(k, int) and k >= 1) or (isinstance(k, float) and 0 < k < 1):
+    if (isinstance(k, int) and 1 <= k <= MAX_K) or (isinstance(k, float) and 0 < k < 1):
         return k
     raise argparse.ArgumentTypeError(
-        f"{text!r} is neither a number of components, 1 or more, nor a share of the variance, between 0 and 1"
+        f"{text!r} is neither a number of components, 1 to {MAX_K:,}, nor a share of the variance, between 0 and 1"
     )
 
 

@@ -8,11 +8,11 @@ writes  OUTPUT/LABEL/FRAME_100.jpg (stalk up) and OUTPUT/LABEL/r_FRAME_100.jpg (
 import argparse
 import functools
 import math
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,19 +145,16 @@ CATALOGUE: dict[str, tuple[Part, ...]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Render every label of the catalogue beside OUTPUT and move the set there once complete."""
+    """Render every label of the catalogue."""
     args = parse_args(argv)
-    partial = Path(f"{args.output}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    render = functools.partial(write_label, folder=partial, frames=args.frames, size=args.size, seed=args.seed)
+    args.output.mkdir()
+    render = functools.partial(write_label, folder=args.output, frames=args.frames, size=args.size, seed=args.seed)
     with ProcessPoolExecutor() as pool:
         labels = tqdm(
             pool.map(render, CATALOGUE), "sample", len(CATALOGUE), unit="label", disable=None
         )  # on a terminal only
         written = sum(labels)
-    shutil.rmtree(args.output, ignore_errors=True)
-    partial.rename(args.output)
-    print(f"sample: {written} images of {len(CATALOGUE)} labels in {args.output}")
+    print(f"sample: {written:,} images of {len(CATALOGUE)} labels")
 
 
 def write_label(label: str, folder: Path, frames: int, size: int, seed: int) -> int:
@@ -165,7 +162,7 @@ def write_label(label: str, folder: Path, frames: int, size: int, seed: int) -> 
     rng = np.random.default_rng([seed, *label.encode()])  # the same in whichever process
     fruit = grow(CATALOGUE[label], POINTS * (RAYS * size) ** 2, rng)
     upright, lying = turn(1, 2, rng.normal(0, 0.08)), turn(1, 2, np.pi / 2)
-    (folder / label).mkdir(parents=True)
+    (folder / label).mkdir()
     for prefix, pose in (("", upright), ("r_", lying)):
         for index in range(frames):
             view = turn(1, 2, -TILT) @ turn(0, 1, 2 * np.pi * index / frames) @ pose
@@ -309,21 +306,25 @@ def project(axis: Floats, vectors: Floats) -> Floats:
     return x * vectors[0] + y * vectors[1] + z * vectors[2]
 
 
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Make a parser of numbers of that kind, from low to high, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
+    return number
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path, help="folder to write")
-    parser.add_argument("--frames", type=int, required=True, help=f"an axis, 1 to {STEPS}")
-    parser.add_argument("--size", type=int, required=True, help="of an image in pixels, from 16")
-    parser.add_argument("--seed", type=int, required=True, help="of all that varies, from 0")
-    args = parser.parse_args(argv)
-    if not 1 <= args.frames <= STEPS:
-        parser.error(f"--frames must be 1 to {STEPS}, not {args.frames}")
-    if args.size < 16:
-        parser.error(f"--size must be at least 16, not {args.size}")
-    if args.seed < 0:
-        parser.error(f"--seed must be at least 0, not {args.seed}")
-    return args
+    parser.add_argument("--frames", type=between(int, 1, STEPS), required=True, help=f"an axis, 1 to {STEPS}")
+    parser.add_argument("--size", type=between(int, 16, 4096), required=True, help="of an image in pixels, 16 to 4,096")
+    parser.add_argument("--seed", type=between(int, 0, 2**32 - 1), required=True, help="of all that varies")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,114 @@
-"""What several test files share."""
+"""What the tests of several stages share: images made on the spot, tables of them, and oracles."""
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from sklearn.decomposition import PCA
+from sklearn.preprocessing import StandardScaler
 
 from bootstrap import java
+from stages import baseline, evaluate, reduce
+
+N_FEATURES = 6
+LABELS = ("apple", "banana", "cherry")
+INT32 = {"fold", "feature", "component", "k"}  # all other columns have the type that their values have
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def make_images(n: int = 80, spread: float = 1.0, seed: int = 0) -> pd.DataFrame:
+    """Images of three labels in two folds; the smaller the spread, the easier they are to tell apart."""
+    random = np.random.default_rng(seed)
+    label = np.arange(n) % len(LABELS)
+    centres = random.normal(size=(len(LABELS), N_FEATURES)) * 2
+    features = (centres[label] + random.normal(size=(n, N_FEATURES)) * spread * [3, 2, 1, 1, 0.5, 0.2]).astype(np.float32)
+    pixels = np.clip(80 * label[:, None] + random.normal(size=(n, 768)) * 80 * spread, 0, 255).astype(np.uint8)
+    return pd.DataFrame(
+        {
+            "image_id": [digest(str(i)) for i in range(n)],
+            "path": [f"{LABELS[each]}/{i:03}.jpg" for i, each in enumerate(label)],
+            "label": [LABELS[each] for each in label],
+            "group": [f"film {i // 6}" for i in range(n)],
+            "fold": np.arange(n) // 6 % 2,
+            "features": list(features),
+            "thumbnail": [row.tobytes() for row in pixels],
+        }
+    )
+
+
+def write(table: pd.DataFrame, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    columns = {name: pa.array(table[name].tolist(), pa.int32() if name in INT32 else None) for name in table}
+    pq.write_table(pa.table(columns), folder / "part-00000.parquet")
+
+
+def moments_of(features: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    wide = features.astype(np.float64)
+    return len(wide), wide.mean(axis=0), np.cov(wide, rowvar=False, ddof=0) * len(wide)
+
+
+def write_inputs(folder: Path, images: pd.DataFrame, k: int, scale: str = "none", n_quarantined: int = 0) -> list[str]:
+    """What the stages before write for these images; the places that evaluate takes."""
+    write(images.drop(columns="features"), folder / "ingested" / "images")
+    quarantine = pd.DataFrame({"path": [f"bad/{i}.jpg" for i in range(n_quarantined)]}, dtype=object)
+    write(quarantine, folder / "ingested" / "quarantine")
+    write(images.drop(columns="thumbnail"), folder / "features")
+    moments = {fold: moments_of(np.stack(rows["features"])) for fold, rows in images.groupby("fold")}
+    lower = np.tril_indices(N_FEATURES)
+    rows = [(fold, n, mean.tobytes(), scatter[lower].tobytes()) for fold, (n, mean, scatter) in moments.items()]
+    write(pd.DataFrame(rows, columns=["fold", "n", "mean", "scatter"]), folder / "covariance")
+    whole = moments_of(np.stack(images["features"]))
+    pca = reduce.fit(*whole, scale)
+    model = folder / "reduced" / "model"
+    spectrum = reduce.spectrum_of(pca.explained_variance)
+    write(spectrum, model / "spectrum")
+    write(spectrum[:k].assign(weights=list(pca.components[:k])), model / "components")
+    write(pd.DataFrame({"feature": range(N_FEATURES), "mean": pca.mean, "scale": pca.scale}), model / "scaling")
+    write(pd.DataFrame({"k": [k], "scale": [scale]}), model / "settings")
+    embeddings = reduce.project(np.stack(images["features"]), pca.mean, pca.scale, pca.components[:k])
+    write(images[["image_id", "path", "label"]].assign(embedding=embeddings.tolist()), folder / "reduced" / "embeddings")
+    places = [str(folder / name) for name in ("ingested", "features", "baseline")]
+    baseline.main([*places, "--max_images", "1000"])
+    return [str(folder / name) for name in ("ingested", "features", "covariance", "baseline", "reduced")]
+
+
+def run_evaluate(inputs: list[str], output: Path, curve: tuple[int, ...] = (1, 2, 4, 64)) -> dict[str, Any]:
+    """Run the stage and return metrics.json."""
+    evaluate.main([*inputs, str(output), "--curve", *map(str, curve)])
+    return json.loads((output / "metrics.json").read_text())
+
+
+def split(images: pd.DataFrame, test_fold: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Training and test images; no copies, and none in the test whose label is not in training."""
+    distinct = images.sort_values(["image_id", "path"]).drop_duplicates("image_id")
+    train, test = distinct[distinct["fold"] != test_fold], distinct[distinct["fold"] == test_fold]
+    return train, test[test["label"].isin(train["label"])]
+
+
+def spaces(images: pd.DataFrame, test_fold: int, k: int, scale: str = "none") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Training and test rows in each space, by scikit-learn. (A PCA fits all rows of training, copies too.)"""
+    train, test = split(images, test_fold)
+    fitted = np.stack(images[images["fold"] != test_fold]["features"]).astype(np.float64)
+    scaler = StandardScaler(with_std=scale == "standard").fit(fitted)
+    pca = PCA(k, svd_solver="full").fit(scaler.transform(fitted))
+
+    def pixels(rows: pd.DataFrame) -> np.ndarray:
+        return np.stack([np.frombuffer(each, np.uint8) for each in rows["thumbnail"]]).astype(np.float64)
+
+    features = [np.stack(rows["features"]).astype(np.float64) for rows in (train, test)]
+    return {
+        "embedding": tuple(pca.transform(scaler.transform(rows)) for rows in features),
+        "features": tuple(features),
+        "pixels": (pixels(train), pixels(test)),
+    }
 
 
 def make_archive(dvc_root: dict[str, str], version: str) -> Path:

@@ -10,14 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
 from stages import baseline
-from tests.test_evaluate import make_images, spaces, split, write
-
-
-def test_the_nearest_row_is_that_of_scikit_learn() -> None:
-    random = np.random.default_rng(0)
-    train, test = (random.normal(size=(n, 8)).astype(np.float32) for n in (30, 20))
-    expected = KNeighborsClassifier(1).fit(train, range(30)).predict(test)
-    np.testing.assert_array_equal(baseline.nearest(train, test), expected)
+from tests.helpers import make_images, spaces, split, write
 
 
 def sampled(images: pd.DataFrame, folder: Path, max_images: int) -> pd.DataFrame:
@@ -102,16 +95,24 @@ def test_an_image_whose_label_the_other_fold_has_not_has_no_prediction(tmp_path:
 
 
 def test_a_second_run_writes_the_same_bytes(tmp_path: Path) -> None:
-    def written() -> bytes:
-        return (tmp_path / "baseline/part-00000.parquet").read_bytes()
+    for name in ("one", "two"):
+        run(make_images(), tmp_path / name)
+    one, two = (tmp_path / name / "baseline/part-00000.parquet" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
 
+
+def test_a_collection_without_images_has_a_table_without_rows(tmp_path: Path) -> None:
     run(make_images(), tmp_path)
-    before = written()
-    places = [str(tmp_path / name) for name in ("ingested", "features", "baseline")]
+    for part in (tmp_path / "ingested/images/part-00000.parquet", tmp_path / "features/part-00000.parquet"):
+        pq.write_table(pq.read_table(part)[:0], part)
+    places = [str(tmp_path / name) for name in ("ingested", "features", "empty")]
     baseline.main([*places, "--max_images", "1000"])
-    assert written() == before
+    assert pq.read_table(places[-1]).schema == pq.read_table(tmp_path / "baseline").schema
+    assert pq.read_table(places[-1]).num_rows == 0
 
 
-def test_a_number_of_images_below_one_is_refused() -> None:
-    with pytest.raises(SystemExit):
-        baseline.parse_args(["ingested", "features", "baseline", "--max_images", "0"])
+@pytest.mark.parametrize("n", ["0", "-1", "10000001", "1.5", "nan", "many"])
+def test_a_number_of_images_that_can_be_none_is_refused(n: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        baseline.parse_args(["ingested", "features", "baseline", "--max_images", n])
+    assert "argument --max_images: " in capsys.readouterr().err

@@ -15,6 +15,7 @@ import pytest
 from sklearn.decomposition import PCA
 
 from stages import drift
+from stages.analysis import Basis
 
 EARLIER = pd.DataFrame({"image_id": ["a", "b", "c", "c"], "label": ["Apple", "Apple", "Fig", "Fig"]})
 
@@ -120,7 +121,7 @@ def test_errors_are_those_of_scikit_learn(k: int, tmp_path: Path) -> None:
     earlier, today = rng.normal(3, rng.uniform(1, 5, 8), (200, 8)), rng.normal(2, 4, (70, 8)).astype(np.float32)
     write(tmp_path / "features", {"features": list(today)}, n_files=3)
     oracle = PCA(k).fit(earlier)
-    basis = drift.Basis(oracle.mean_, np.ones(8), oracle.components_)
+    basis = Basis(oracle.mean_, np.ones(8), oracle.components_)
     lost = today - oracle.inverse_transform(oracle.transform(today))
     np.testing.assert_allclose(
         drift.reconstruction_errors(str(tmp_path / "features"), basis), (lost**2).sum(axis=1), rtol=1e-9, atol=1e-9
@@ -130,7 +131,7 @@ def test_errors_are_those_of_scikit_learn(k: int, tmp_path: Path) -> None:
 def test_errors_are_of_scaled_features(tmp_path: Path) -> None:
     rows = np.array([[3.0, 40.0], [1.0, 0.0]], np.float32)
     write(tmp_path / "features", {"features": list(rows)})
-    basis = drift.Basis(np.array([1.0, 20.0]), np.array([2.0, 10.0]), np.array([[1.0, 0.0]]))
+    basis = Basis(np.array([1.0, 20.0]), np.array([2.0, 10.0]), np.array([[1.0, 0.0]]))
     assert drift.reconstruction_errors(str(tmp_path / "features"), basis).tolist() == [4.0, 4.0]
 
 
@@ -154,6 +155,7 @@ class Repository:
         self.run("dvc", "init", "--quiet")
         self.images([("a", "Apple", [1, 0]), ("b", "Apple", [2, 1]), ("c", "Fig", [3, -1])])
         (folder / "backbone").mkdir()
+        (folder / "reports").mkdir()
         (folder / "backbone/backbone.json").write_text(json.dumps({"graph_sha256": "one"}))
         write(folder / "reduced/model/scaling", {"feature": [1, 0], "mean": [0.0, 2.0], "scale": [1.0, 1.0]})
         write(folder / "reduced/model/components", {"component": [1], "weights": [[1.0, 0.0]]})

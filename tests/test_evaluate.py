@@ -1,13 +1,11 @@
 """Facts about what stages/evaluate.py measures; scikit-learn is the oracle."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from sklearn.decomposition import PCA
@@ -16,107 +14,24 @@ from sklearn.metrics import confusion_matrix
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from stages import baseline, evaluate, reduce
-from tests import test_reduce
+from stages import analysis, evaluate, reduce
+from tests.helpers import (
+    N_FEATURES,
+    digest,
+    make_images,
+    moments_of,
+    run_evaluate,
+    spaces,
+    split,
+    write,
+    write_inputs,
+)
 
-N_FEATURES = 6
-LABELS = ("apple", "banana", "cherry")
 ROUNDED = 5.1e-5  # metrics.json has four digits after the point
-
-INT32 = {"fold", "feature", "component"}  # all other columns have the type that their values have
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def make_images(n: int = 80, spread: float = 1.0, seed: int = 0) -> pd.DataFrame:
-    """Images of three labels in two folds; the smaller the spread, the easier they are to tell apart."""
-    random = np.random.default_rng(seed)
-    label = np.arange(n) % len(LABELS)
-    centres = random.normal(size=(len(LABELS), N_FEATURES)) * 2
-    features = (centres[label] + random.normal(size=(n, N_FEATURES)) * spread * [3, 2, 1, 1, 0.5, 0.2]).astype(np.float32)
-    pixels = np.clip(80 * label[:, None] + random.normal(size=(n, 768)) * 80 * spread, 0, 255).astype(np.uint8)
-    return pd.DataFrame(
-        {
-            "image_id": [digest(str(i)) for i in range(n)],
-            "path": [f"{LABELS[each]}/{i:03}.jpg" for i, each in enumerate(label)],
-            "label": [LABELS[each] for each in label],
-            "group": [f"film {i // 6}" for i in range(n)],
-            "fold": np.arange(n) // 6 % 2,
-            "features": list(features),
-            "thumbnail": [row.tobytes() for row in pixels],
-        }
-    )
-
-
-def write(table: pd.DataFrame, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    columns = {name: pa.array(table[name].tolist(), pa.int32() if name in INT32 else None) for name in table}
-    pq.write_table(pa.table(columns), folder / "part-00000.parquet")
-
-
-def moments_of(features: np.ndarray) -> evaluate.Moments:
-    return evaluate.Moments(*test_reduce.moments_of(features))
-
-
-def write_inputs(folder: Path, images: pd.DataFrame, k: int, scale: str = "none", n_quarantined: int = 0) -> list[str]:
-    """What the stages before write for these images; the places that evaluate takes."""
-    write(images.drop(columns="features"), folder / "ingested" / "images")
-    quarantine = pd.DataFrame({"path": [f"bad/{i}.jpg" for i in range(n_quarantined)]}, dtype=object)
-    write(quarantine, folder / "ingested" / "quarantine")
-    write(images.drop(columns="thumbnail"), folder / "features")
-    moments = {fold: moments_of(np.stack(rows["features"])) for fold, rows in images.groupby("fold")}
-    lower = np.tril_indices(N_FEATURES)
-    rows = [(fold, n, mean.tobytes(), scatter[lower].tobytes()) for fold, (n, mean, scatter) in moments.items()]
-    write(pd.DataFrame(rows, columns=["fold", "n", "mean", "scatter"]), folder / "covariance")
-    whole = moments_of(np.stack(images["features"]))
-    pca = reduce.fit(*whole, scale)
-    spectrum = reduce.spectrum_of(pca.explained_variance)
-    write(spectrum, folder / "reduced" / "model" / "spectrum")
-    write(spectrum[:k].assign(weights=list(pca.components[:k])), folder / "reduced" / "model" / "components")
-    scaling = pd.DataFrame({"feature": range(N_FEATURES), "mean": pca.mean, "scale": pca.scale})
-    write(scaling, folder / "reduced" / "model" / "scaling")
-    embeddings = reduce.project(np.stack(images["features"]), pca.mean, pca.scale, pca.components[:k])
-    write(images[["image_id", "path", "label"]].assign(embedding=embeddings.tolist()), folder / "reduced" / "embeddings")
-    places = [str(folder / name) for name in ("ingested", "features", "baseline")]
-    baseline.main([*places, "--max_images", "1000"])
-    return [str(folder / name) for name in ("ingested", "features", "covariance", "baseline", "reduced")]
-
-
-def run(inputs: list[str], output: Path, curve: tuple[int, ...] = (1, 2, 4, 64)) -> dict[str, Any]:
-    """Run the stage and return metrics.json."""
-    evaluate.main([*inputs, str(output), "--curve", *map(str, curve)])
-    return json.loads((output / "metrics.json").read_text())
 
 
 def read_csv(output: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(output / f"{name}.csv")
-
-
-def split(images: pd.DataFrame, test_fold: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Training and test images; no copies, and none in the test whose label is not in training."""
-    distinct = images.sort_values(["image_id", "path"]).drop_duplicates("image_id")
-    train, test = distinct[distinct["fold"] != test_fold], distinct[distinct["fold"] == test_fold]
-    return train, test[test["label"].isin(train["label"])]
-
-
-def spaces(images: pd.DataFrame, test_fold: int, k: int, scale: str = "none") -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Training and test rows in each space, by scikit-learn. (A PCA fits all rows of training, copies too.)"""
-    train, test = split(images, test_fold)
-    fitted = np.stack(images[images["fold"] != test_fold]["features"]).astype(np.float64)
-    scaler = StandardScaler(with_std=scale == "standard").fit(fitted)
-    pca = PCA(k, svd_solver="full").fit(scaler.transform(fitted))
-
-    def pixels(rows: pd.DataFrame) -> np.ndarray:
-        return np.stack([np.frombuffer(each, np.uint8) for each in rows["thumbnail"]]).astype(np.float64)
-
-    features = [np.stack(rows["features"]).astype(np.float64) for rows in (train, test)]
-    return {
-        "embedding": tuple(pca.transform(scaler.transform(rows)) for rows in features),
-        "features": tuple(features),
-        "pixels": (pixels(train), pixels(test)),
-    }
 
 
 def accuracy_oracle(model: Any, images: pd.DataFrame, space: str, k: int, scale: str = "none") -> float:
@@ -133,79 +48,31 @@ def accuracy_oracle(model: Any, images: pd.DataFrame, space: str, k: int, scale:
     return float(np.mean(scores))
 
 
+def held_out_errors(images: pd.DataFrame, k: int, scale: str) -> list[float]:
+    """What scikit-learn's k components of one fold lose of the other's variance, a share, by fold."""
+    errors = []
+    for fold in (0, 1):
+        train, test = (np.stack(images[images["fold"] == each]["features"]).astype(np.float64) for each in (1 - fold, fold))
+        scaler = StandardScaler(with_std=scale == "standard").fit(train)
+        pca = PCA(k, svd_solver="full").fit(scaler.transform(train))
+        rows = scaler.transform(test)
+        errors.append(np.sum((rows - pca.inverse_transform(pca.transform(rows))) ** 2) / np.sum(rows**2))
+    return errors
+
+
 # Parts
-
-
-@pytest.mark.parametrize("n_test", [1, 2500], ids=["one row", "more rows than a block"])
-def test_the_nearest_row_is_that_of_scikit_learn_for_several_k_at_once(n_test: int) -> None:
-    random = np.random.default_rng(0)
-    train, test = (random.normal(size=(n, 8)).astype(np.float32) for n in (60, n_test))
-    nearest = evaluate.nearest(train, test, [1, 3, 8])
-    for k in (1, 3, 8):
-        expected = KNeighborsClassifier(1).fit(train[:, :k], range(60)).predict(test[:, :k])
-        # 0.999: float32 cannot always tell which of two neighbours is nearer, where both are as near to the seventh digit.
-        assert np.mean(nearest[k] == expected) >= 0.999
-
-
-def test_of_equally_near_images_the_first_counts() -> None:
-    train = np.array([[1, 0], [0, 1], [1, 0]], np.float32)
-    assert evaluate.nearest(train, np.zeros((1, 2), np.float32), [2])[2].tolist() == [0]
-
-
-@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3], ids=str)
-def test_a_linear_probe_recognises_what_is_separable_in_any_unit(unit: float) -> None:
-    images = make_images(90, spread=0.1)
-    features, labels = np.stack(images["features"]) * unit, images["label"].to_numpy()
-    np.testing.assert_array_equal(evaluate.linear_probe(features[:60], features[60:], labels[:60]), labels[60:])
-
-
-def test_a_linear_probe_of_noise_is_near_chance() -> None:
-    random = np.random.default_rng(0)
-    features, labels = random.normal(size=(1200, 4)).astype(np.float32), random.choice(LABELS, 1200)
-    score = np.mean(evaluate.linear_probe(features[:600], features[600:], labels[:600]) == labels[600:])
-    assert score == pytest.approx(1 / 3, abs=0.08)  # four standard deviations of a share of 600
-
-
-def test_a_linear_probe_of_one_label_gives_that_label() -> None:
-    rows = np.eye(3, dtype=np.float32)
-    assert evaluate.linear_probe(rows, rows, np.array(["a"] * 3)).tolist() == ["a"] * 3
-
-
-@pytest.mark.parametrize("scale", ["none", "standard"])
-def test_components_of_a_fold_are_those_of_scikit_learn_up_to_sign(scale: str) -> None:
-    features = np.stack(make_images()["features"]).astype(np.float64)
-    oracle = PCA(svd_solver="full").fit(StandardScaler(with_std=scale == "standard").fit_transform(features))
-    basis = evaluate.fit(moments_of(features), scale == "standard", N_FEATURES)
-    # 1e-9: the oracle decomposes the data, the stage their covariance, which squares the rounding.
-    np.testing.assert_allclose(np.abs(basis.components @ oracle.components_.T), np.eye(N_FEATURES), atol=1e-9)
-
-
-def test_the_first_components_of_a_fold_are_the_first_of_all() -> None:
-    moments = moments_of(np.stack(make_images()["features"]))
-    two, all_ = (evaluate.fit(moments, False, n).components for n in (2, N_FEATURES))
-    np.testing.assert_allclose(np.abs(two @ all_.T), np.eye(2, N_FEATURES), atol=1e-9)
-
-
-def test_a_fold_of_few_images_has_one_component_less_than_images() -> None:
-    features = np.stack(make_images(4)["features"])
-    assert evaluate.fit(moments_of(features), False, N_FEATURES).components.shape == (3, N_FEATURES)
-
-
-def test_a_fold_of_one_image_still_has_a_component() -> None:
-    features = np.stack(make_images(1)["features"])
-    assert evaluate.fit(moments_of(features), False, N_FEATURES).components.shape == (1, N_FEATURES)
 
 
 @pytest.mark.parametrize("scale", ["none", "standard"])
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_the_held_out_error_is_the_direct_sum_over_all_rows(k: int, scale: str) -> None:
     train, test = np.split(np.stack(make_images(100)["features"]).astype(np.float64), [45])
-    moments = [moments_of(rows) for rows in (train, test)]
+    moments = [analysis.Moments(*moments_of(rows)) for rows in (train, test)]
     scaler = StandardScaler(with_std=scale == "standard").fit(train)
     pca = PCA(k, svd_solver="full").fit(scaler.transform(train))
     rows = scaler.transform(test)
     lost = np.sum((rows - pca.inverse_transform(pca.transform(rows))) ** 2)
-    basis = evaluate.fit(moments[0], scale == "standard", k)
+    basis = analysis.fit_basis(moments[0], scale, k)
     # 1e-10: both are shares of 1 in float64; one is a difference of sums, the other a sum of differences.
     assert evaluate.held_out_error(moments[1], basis, k) == pytest.approx(lost / np.sum(rows**2), abs=1e-10)
 
@@ -268,12 +135,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, images: pd.DataFrame, scale
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory, inputs: list[str]) -> Path:
-    """Where the stage has run, over what earlier runs had left."""
+    """Where the stage has run."""
     folder = tmp_path_factory.mktemp("reports")
-    for left_over in ("evaluation/old.txt", "evaluation.partial/old.txt"):
-        (folder / left_over).parent.mkdir()
-        (folder / left_over).touch()
-    run(inputs, folder / "evaluation")
+    run_evaluate(inputs, folder / "evaluation")
     return folder / "evaluation"
 
 
@@ -288,17 +152,17 @@ def test_the_stage_writes_its_files_and_nothing_else(output: Path) -> None:
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-def test_a_second_run_writes_the_same_bytes(inputs: list[str], output: Path) -> None:
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
-    run(inputs, output)
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+def test_a_second_run_writes_the_same_bytes(inputs: list[str], output: Path, tmp_path: Path) -> None:
+    run_evaluate(inputs, tmp_path / "again")
+    for path in output.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_the_order_of_the_tables_changes_no_measurement(
     tmp_path: Path, images: pd.DataFrame, scale: str, metrics: dict[str, Any], output: Path
 ) -> None:
     shuffled = images.sample(frac=1, random_state=0)
-    assert run(write_inputs(tmp_path, shuffled, 3, scale, 7), tmp_path / "report") == metrics
+    assert run_evaluate(write_inputs(tmp_path, shuffled, 3, scale, 7), tmp_path / "report") == metrics
     assert (tmp_path / "report" / "predictions.csv").read_bytes() == (output / "predictions.csv").read_bytes()
 
 
@@ -323,17 +187,11 @@ def test_metrics_have_the_variance_that_scikit_learn_explains(
 def test_metrics_have_the_error_of_components_on_the_other_fold(
     metrics: dict[str, Any], images: pd.DataFrame, scale: str
 ) -> None:
-    errors = []
-    for fold in (0, 1):
-        train, test = (np.stack(images[images["fold"] == each]["features"]).astype(np.float64) for each in (1 - fold, fold))
-        scaler = StandardScaler(with_std=scale == "standard").fit(train)
-        pca = PCA(3, svd_solver="full").fit(scaler.transform(train))
-        rows = scaler.transform(test)
-        errors.append(np.sum((rows - pca.inverse_transform(pca.transform(rows))) ** 2) / np.sum(rows**2))
+    errors = held_out_errors(images, 3, scale)
     assert metrics["variance"]["held_out_error"] == pytest.approx(np.mean(errors), abs=ROUNDED)
 
 
-@pytest.mark.parametrize("space", evaluate.SPACES)
+@pytest.mark.parametrize("space", analysis.SPACES)
 def test_metrics_have_scikit_learns_accuracy_of_the_nearest_neighbour(
     space: str, metrics: dict[str, Any], images: pd.DataFrame, scale: str
 ) -> None:
@@ -341,7 +199,7 @@ def test_metrics_have_scikit_learns_accuracy_of_the_nearest_neighbour(
     assert metrics["nearest_neighbour"][space] == pytest.approx(expected, abs=ROUNDED)
 
 
-@pytest.mark.parametrize("space", evaluate.SPACES)
+@pytest.mark.parametrize("space", analysis.SPACES)
 def test_metrics_have_scikit_learns_accuracy_of_logistic_regression(
     space: str, metrics: dict[str, Any], images: pd.DataFrame, scale: str
 ) -> None:
@@ -411,7 +269,7 @@ def test_points_are_bounded_however_many_images_there_are(tmp_path: Path) -> Non
 
 
 def test_one_component_is_drawn_on_a_line(tmp_path: Path) -> None:
-    run(write_inputs(tmp_path, make_images(), k=1), tmp_path / "report")
+    run_evaluate(write_inputs(tmp_path, make_images(), k=1), tmp_path / "report")
     assert set(read_csv(tmp_path / "report", "points")["component_2"]) == {0.0}
 
 
@@ -433,7 +291,7 @@ def test_the_summary_says_the_numbers_of_the_metrics(output: Path, metrics: dict
     summary = (output / "summary.txt").read_text()
     assert "84 images of 4 labels (7 files quarantined, 4 duplicates, 4 of them under two labels)" in summary
     for key in ("nearest_neighbour", "linear_probe"):
-        accuracies = " ".join(f"{metrics[key][space]:>12.1%}".strip() for space in evaluate.SPACES)
+        accuracies = " ".join(f"{metrics[key][space]:>12.1%}".strip() for space in analysis.SPACES)
         assert accuracies in " ".join(summary.split())
 
 
@@ -483,7 +341,7 @@ def test_the_smallest_k_whose_loss_may_be_none_is_enough(low: list[float], enoug
 
 
 def test_images_that_are_easy_to_tell_apart_are_all_recognised(tmp_path: Path) -> None:
-    metrics = run(write_inputs(tmp_path, make_images(spread=0.05), k=3), tmp_path / "report")
+    metrics = run_evaluate(write_inputs(tmp_path, make_images(spread=0.05), k=3), tmp_path / "report")
     assert set(metrics["nearest_neighbour"].values()) | set(metrics["linear_probe"].values()) == {1.0}
 
 
@@ -491,7 +349,7 @@ def test_a_copy_in_the_other_fold_does_not_help(tmp_path: Path) -> None:
     images = make_images(40, spread=5)
     copies = images.assign(path="copy/" + images["path"], fold=1 - images["fold"])
     both = pd.concat([images, copies], ignore_index=True)
-    metrics = run(write_inputs(tmp_path, both, k=3), tmp_path / "report")
+    metrics = run_evaluate(write_inputs(tmp_path, both, k=3), tmp_path / "report")
     assert metrics["tested"]["images"] == 40
     assert metrics["nearest_neighbour"]["features"] < 0.8  # each image's nearest neighbour would be its copy: 1.0
 
@@ -499,7 +357,7 @@ def test_a_copy_in_the_other_fold_does_not_help(tmp_path: Path) -> None:
 @pytest.fixture
 def one_fold(tmp_path: Path) -> Path:
     """Where the stage has run on images of fold 0 alone."""
-    run(write_inputs(tmp_path, make_images().assign(fold=0), k=3, n_quarantined=2), tmp_path / "report")
+    run_evaluate(write_inputs(tmp_path, make_images().assign(fold=0), k=3, n_quarantined=2), tmp_path / "report")
     return tmp_path / "report"
 
 
@@ -530,7 +388,7 @@ def test_images_of_one_fold_give_tables_without_rows(name: str, columns: list[st
 def test_a_label_that_is_in_one_fold_only_is_left_out(tmp_path: Path) -> None:
     images = make_images()
     images.loc[(images["label"] == "cherry") & (images["fold"] == 1), "label"] = "date"
-    metrics = run(write_inputs(tmp_path, images, k=3), tmp_path / "report")
+    metrics = run_evaluate(write_inputs(tmp_path, images, k=3), tmp_path / "report")
     assert metrics["images"]["labels"] == 4
     assert read_csv(tmp_path / "report", "labels")["label"].tolist() == ["apple", "banana"]
     assert metrics["nearest_neighbour"]["embedding"] == pytest.approx(
@@ -540,7 +398,7 @@ def test_a_label_that_is_in_one_fold_only_is_left_out(tmp_path: Path) -> None:
 
 def test_folds_without_a_common_label_are_told_of_in_the_summary(tmp_path: Path) -> None:
     images = make_images()
-    metrics = run(
+    metrics = run_evaluate(
         write_inputs(tmp_path, images.assign(label=images["label"] + images["fold"].astype(str)), k=3), tmp_path / "r"
     )
     assert "nearest_neighbour" not in metrics
@@ -552,7 +410,7 @@ def test_folds_without_a_common_label_are_told_of_in_the_summary(tmp_path: Path)
 def test_k_is_no_more_than_the_rank_of_the_training_fold(tmp_path: Path) -> None:
     images = make_images()
     images["fold"] = (np.arange(80) >= 4).astype(int)  # four images: three directions
-    metrics = run(write_inputs(tmp_path, images, k=5), tmp_path / "report", curve=(1,))
+    metrics = run_evaluate(write_inputs(tmp_path, images, k=5), tmp_path / "report", curve=(1,))
     assert metrics["variance"]["components"] == 5
     assert read_csv(tmp_path / "report", "accuracy")["k"].tolist() == [1, 3, 5]
     scores = []
@@ -566,12 +424,33 @@ def test_k_is_no_more_than_the_rank_of_the_training_fold(tmp_path: Path) -> None
 def test_a_constant_feature_does_no_harm(tmp_path: Path) -> None:
     images = make_images()
     images["features"] = [np.where(np.arange(N_FEATURES) == 2, np.float32(0.1), each) for each in images["features"]]
-    metrics = run(write_inputs(tmp_path, images, 3, "standard"), tmp_path / "report")
+    metrics = run_evaluate(write_inputs(tmp_path, images, 3, "standard"), tmp_path / "report")
     assert 0 < metrics["variance"]["held_out_error"] < 1
 
 
-@pytest.mark.parametrize("flags", [{"curve": (0,)}, {"curve": (-1,)}], ids=str)
-def test_a_number_below_one_is_refused(flags: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as error:
-        run(write_inputs(tmp_path, make_images(), k=3), tmp_path / "report", **flags)
-    assert error.value.code == 2
+@pytest.mark.parametrize("constant", [False, True], ids=["all features", "all features but a constant one"])
+def test_scaling_is_told_where_all_deviations_are_one(constant: bool, tmp_path: Path) -> None:
+    # 81 rows whose squares sum up to 80: of fold 0 some are +-2, of fold 1 some +-1, so many that each feature has a
+    # deviation of exactly 1, but another one in each fold.
+    images = make_images(81).assign(fold=[0] * 40 + [1] * 41)
+    random, features = np.random.default_rng(0), np.zeros((81, N_FEATURES), np.float32)
+    for feature, n_pairs in enumerate([5, 6, 7, 8, 9, 5]):
+        columns = features[:, feature]
+        columns[random.permutation(40)[: 2 * n_pairs]] = [2, -2] * n_pairs
+        columns[40 + random.permutation(41)[: 80 - 8 * n_pairs]] = [1, -1] * (40 - 4 * n_pairs)
+    if constant:
+        features[:, 3] = 5
+    images["features"] = list(features)
+    inputs = write_inputs(tmp_path, images, 3, "standard")
+    assert pq.read_table(f"{inputs[4]}/model/scaling")["scale"].to_pylist() == [1.0] * N_FEATURES
+    found = run_evaluate(inputs, tmp_path / "report")["variance"]["held_out_error"]
+    assert found == pytest.approx(np.mean(held_out_errors(images, 3, "standard")), abs=ROUNDED)
+    assert found != pytest.approx(np.mean(held_out_errors(images, 3, "none")), abs=10 * ROUNDED)
+
+
+@pytest.mark.parametrize("k", ["0", "-1", "100001", "1.5", "nan", "many"])
+def test_a_number_of_the_curve_that_can_be_none_is_refused(k: str, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ["ingested", "features", "covariance", "baseline", "reduced", "output"]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse_args([*places, "--curve", "4", k])
+    assert "argument --curve: " in capsys.readouterr().err

@@ -14,6 +14,7 @@ from pyspark.sql import Row, SparkSession
 from sklearn.preprocessing import StandardScaler
 
 from stages import reduce
+from tests.helpers import moments_of
 
 N_IMAGES, N_FEATURES = 90, 6
 # The oracle takes the singular values of the data, the stage the eigenvalues of its covariance: of 16 digits the second
@@ -28,11 +29,6 @@ def random_features(n: int = N_IMAGES, seed: int = 0) -> np.ndarray:
     random = np.random.default_rng(seed)
     mixed = random.normal(size=(n, N_FEATURES)) @ random.normal(size=(N_FEATURES, N_FEATURES))
     return (mixed * [1, 2, 4, 0.5, 8, 1] + [5, 0, -3, 1, 20, 0]).astype(np.float32)
-
-
-def moments_of(features: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
-    wide = features.astype(np.float64)
-    return len(wide), wide.mean(axis=0), np.cov(wide, rowvar=False, ddof=0) * len(wide)
 
 
 def fit(features: np.ndarray, scale: str = "none") -> reduce.PCA:
@@ -293,7 +289,7 @@ def test_a_share_keeps_no_direction_without_variance() -> None:
     assert reduce.choose_k(0.9999999, np.array([0.7, 0.99999, 0.99999, 0.99999]), rank=2) == 2
 
 
-@pytest.mark.parametrize("text", ["1", "64", "+3", "2048"])
+@pytest.mark.parametrize("text", ["1", "64", "+3", "2048", "100000"])
 def test_a_whole_number_is_a_count(text: str) -> None:
     k = reduce.count_or_share(text)
     assert (k, type(k)) == (int(text), int)
@@ -305,7 +301,11 @@ def test_a_number_between_0_and_1_is_a_share(text: str) -> None:
     assert (k, type(k)) == (float(text), float)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "abc", "1.5", "1.0", "0.0", "-0.5", "nan", "inf", "", "²", "none"])
+@pytest.mark.parametrize(
+    "text",
+    ["0", "-1", "abc", "1.5", "1.0", "0.0", "-0.5", "nan", "inf", "", "²", "none", "100001", "1e5", "9" * 5000],
+    ids=lambda text: text[:9],
+)
 def test_all_else_is_neither_a_count_nor_a_share(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="neither a number of components"):
         reduce.count_or_share(text)
@@ -405,6 +405,15 @@ def test_main_keeps_the_whole_spectrum_and_of_components_the_share_asked_for(
     np.testing.assert_allclose(spectrum["explained_variance"], oracle.explained_variance_, **CLOSE)
     assert components["component"].tolist() == list(range(1, k + 1))
     pd.testing.assert_frame_equal(components.drop(columns="weights"), spectrum[:k])
+
+
+@pytest.mark.usefixtures("own_settings")
+@pytest.mark.parametrize(("asked", "k", "scale"), [("2", 2, "standard"), ("0.999999", 6, "none")], ids=["count", "share"])
+def test_main_states_how_many_components_it_keeps_and_what_it_divides_by(
+    asked: str, k: int, scale: str, spark: SparkSession, inputs: list[str], tmp_path: Path
+) -> None:
+    reduce.main([*inputs, str(tmp_path / "reduced"), "--k", asked, "--scale", scale])
+    assert pq.read_table(tmp_path / "reduced/model/settings").to_pylist() == [{"k": k, "scale": scale}]
 
 
 @pytest.mark.usefixtures("own_settings")

@@ -23,7 +23,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from reports import report
 from tests.conftest import ROOT
-from tests.test_evaluate import make_images, run, write, write_inputs
+from tests.helpers import make_images, run_evaluate, write, write_inputs
 
 CHARTS = [title for plot in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for title in plot]
 
@@ -42,7 +42,8 @@ def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str
     write(images.drop(columns="features").assign(content=contents), folder / "data/ingested/images")
     quarantine = pd.DataFrame({"path": refused, "reason": "truncated", "detail": "<ends> early"}, dtype=object)
     write(quarantine, folder / "data/ingested/quarantine")
-    run(inputs, folder / "reports/evaluation")
+    (folder / "reports").mkdir()
+    run_evaluate(inputs, folder / "reports/evaluation")
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(ROOT / name, folder)
     for command in (
@@ -176,7 +177,7 @@ def test_an_unknown_revision_ends_it_with_a_message(folder: Path) -> None:
 
 
 def test_each_label_is_shown_once_with_its_number_of_images(folder: Path, images: pd.DataFrame) -> None:
-    labels = report.one_of_each_label(ds.dataset(folder / "data/ingested/images", format="parquet"))
+    labels = report.one_of_each_label(str(folder / "data/ingested/images"))
     assert dict(zip(labels["label"], labels["n_images"], strict=True)) == images["label"].value_counts().to_dict()
     first = images.sort_values("image_id").groupby("label")["path"].first()
     assert dict(zip(labels["label"], labels["path"], strict=True)) == first.to_dict()
@@ -196,7 +197,7 @@ def test_pictures_have_alternative_texts(elements: list[tuple[str, dict[str, str
 def test_neighbours_are_scikit_learns_in_the_other_fold(
     folder: Path, images: pd.DataFrame, predictions: pd.DataFrame
 ) -> None:
-    found = report.nearest_of_some(ds.dataset(folder / "data/ingested/images"), str(folder / "data/reduced"), predictions)
+    found = report.nearest_of_some(str(folder / "data/ingested/images"), str(folder / "data/reduced"), predictions)
     embeddings = ds.dataset(folder / "data/reduced/embeddings").to_table().to_pandas().set_index("path")["embedding"]
     fold = images.set_index("path")["fold"]
     assert len(found) == images["label"].nunique()

@@ -1,0 +1,222 @@
+"""analysis: what the stages that never leave this machine have in common, among themselves and with the report.
+
+It is no stage. The stages that ship to a cluster import nothing of the repository. So what reduce has in common with this
+file stands there too, and tests hold the two against each other.
+
+The table RECOGNISERS has the ways to recognise an image. One more is one pair of functions and one line.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import scipy.linalg
+from sklearn.dummy import DummyClassifier
+from sklearn.linear_model import LogisticRegression
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+MOMENTS = ("fold", "n", "mean", "scatter")
+UNREDUCED = ("features", "pixels")  # the spaces that no k changes
+SPACES = ("embedding", *UNREDUCED)
+ROWS = 1024  # of a distance matrix, at once
+
+
+class Moments(NamedTuple):
+    """Of the features of one fold, as the stage covariance has them."""
+
+    n: int
+    mean: np.ndarray  # float64, (n_features,)
+    scatter: np.ndarray  # float64, (n_features, n_features)
+
+
+class Basis(NamedTuple):
+    """Principal components, as the stage reduce has them."""
+
+    mean: np.ndarray  # float64, (n_features,)
+    scale: np.ndarray  # float64, (n_features,)
+    components: np.ndarray  # float64, (n_components, n_features), orthonormal rows
+
+
+class Recogniser(NamedTuple):
+    """A way to learn labels from some rows and to give them to others."""
+
+    title: str
+    # Takes training rows, float32 of shape (n_train, n_columns), and their labels, (n_train,).
+    fit: Callable[[np.ndarray, np.ndarray], Any]
+    # Takes what fit gives and test rows, float32 of shape (n_test, n_columns); gives labels, (n_test,).
+    predict: Callable[[Any, np.ndarray], np.ndarray]
+
+
+# Tables
+
+
+def read(
+    folder: str, columns: Sequence[str], wanted: pc.Expression | None = None, file_system: Any | None = None
+) -> pa.Table:
+    """Read the columns of a folder of Parquet files, of the wanted rows alone."""
+    return ds.dataset(folder, filesystem=file_system, format="parquet").to_table(list(columns), filter=wanted)
+
+
+def of_share(share: float) -> pc.Expression:
+    """Choose that share of all images by image_id, a SHA-256 and so uniform: those that begin below some hash."""
+    return pc.field("image_id") < f"{int(share * 16**8):08x}" if share < 1 else pc.field("image_id").is_valid()
+
+
+def first_rows(table: pa.Table, image_ids: pd.Series) -> np.ndarray:
+    """Find the first row of each of these images in a table with the column image_id: int array of shape (n_images,)."""
+    numbers = pd.Series(range(len(table)), table["image_id"].to_pylist())
+    return numbers.groupby(level=0).first()[image_ids].to_numpy(int)  # also where there is no image
+
+
+def to_matrix(values: np.ndarray, n_rows: int) -> np.ndarray:
+    """Cut the values of a column of lists of equal length into rows: array of shape (n_rows, length)."""
+    return values.reshape(n_rows, -1 if n_rows else 0)
+
+
+def rounded(value: Any) -> float:
+    """Keep four digits after the point, as all metrics have."""
+    return round(float(value), 4)
+
+
+# Folds
+
+
+def split(sample: pd.DataFrame, test_fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tell which rows of the sample (label, fold) train and which are tested: two bool arrays of shape (n_images,).
+
+    Images whose label the other fold does not have cannot be recognised, and are in neither.
+    """
+    is_train = (sample["fold"] != test_fold).to_numpy()
+    return is_train, ~is_train & sample["label"].isin(sample["label"][is_train]).to_numpy()
+
+
+def in_both_folds(stage: str, n_steps: int, measure: Callable[[int, tqdm], Any]) -> list[Any]:
+    """Measure on each fold, side by side, with a progress bar of n_steps for each of the two."""
+    # One thread for each fold, and one of BLAS in it: the last bits of a result depend on the number of BLAS's threads.
+    steps = tqdm(total=2 * n_steps, desc=stage, disable=None)  # on a terminal only
+    with threadpool_limits(1), ThreadPoolExecutor() as pool, steps:
+        return list(pool.map(lambda fold: measure(fold, steps), (0, 1)))
+
+
+# Principal components
+
+
+def read_moments(covariance: str) -> dict[int, Moments]:
+    """Read the moments of each fold."""
+    rows = read(covariance, MOMENTS).to_pandas().itertuples()
+    return {
+        row.fold: Moments(row.n, np.frombuffer(row.mean), to_square(np.frombuffer(row.scatter), len(row.mean) // 8))
+        for row in rows
+    }
+
+
+def to_square(triangle: np.ndarray, n: int) -> np.ndarray:
+    """Make the symmetric matrix of shape (n, n) that has this lower triangle."""
+    square = np.zeros((n, n))
+    square[np.tri(n, dtype=bool)] = triangle
+    return square + np.tril(square, -1).T
+
+
+def fit_basis(moments: Moments, scale: str, max_components: int) -> Basis:
+    """Fit the first principal components of one fold: those of the stage reduce, as if the fold were all.
+
+    Parameters
+    ----------
+    scale : "none", or "standard" to divide each feature by its standard deviation (ddof 1) first; a constant one by 1
+    max_components : the most to fit; there are never more than directions in which the fold varies
+    """
+    n, mean, scatter = moments
+    deviation = np.sqrt(np.diag(scatter) / max(n - 1, 1))
+    divisor = np.where(deviation > 0, deviation, 1.0) if scale == "standard" else np.ones_like(mean)
+    wanted = (max(0, mean.size - max_components), mean.size - 1)
+    variance, vectors = scipy.linalg.eigh(scatter / np.outer(divisor, divisor), subset_by_index=wanted)
+    rank = max(1, int(np.sum(variance > variance[-1] * mean.size * np.finfo(np.float64).eps)))
+    return Basis(mean, divisor, vectors.T[::-1][: min(rank, max(n - 1, 1))])
+
+
+def project(features: np.ndarray, basis: Basis) -> np.ndarray:
+    """Give the coordinates of features (n_images, n_features) on the components: float32, (n_images, n_components)."""
+    return (((features - basis.mean) / basis.scale) @ basis.components.T).astype(np.float32)
+
+
+# Confusions
+
+
+def count_confusions(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Count the images (label, predicted) of each label by the label that they were given.
+
+    Returns
+    -------
+    label, predicted, n_images, and their share of the label's images, by label and predicted
+    """
+    cells = predictions.groupby(["label", "predicted"]).size().rename("n_images").reset_index()
+    return cells.assign(share=cells["n_images"] / cells.groupby("label")["n_images"].transform("sum"))
+
+
+def most_confused(cells: pd.DataFrame) -> pd.DataFrame:
+    """Keep the cells of count_confusions that are errors, those of the most images first."""
+    errors = cells[cells["label"] != cells["predicted"]]
+    return errors.sort_values(["n_images", "label", "predicted"], ascending=[False, True, True])
+
+
+# Recognisers
+
+
+def nearest(train: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Find the row of train that is nearest to each row of test (Euclidean), the first of equals: int array, (n_test,)."""
+    squares = (train**2).sum(axis=1)
+    parts = [test[start : start + ROWS] for start in range(0, len(test), ROWS)]
+    return np.concatenate([(squares - 2 * some @ train.T).argmin(axis=1) for some in parts])
+
+
+def fit_nearest_neighbour(train: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return train, labels
+
+
+def predict_nearest_neighbour(model: tuple[np.ndarray, np.ndarray], test: np.ndarray) -> np.ndarray:
+    train, labels = model
+    return labels[nearest(train, test)]
+
+
+def fit_linear_probe(train: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float, Any]:
+    """Fit a logistic regression to rows that are scaled, so that one penalty suits spaces of any unit."""
+    mean = train.mean(axis=0)
+    spread = np.sqrt(((train - mean) ** 2).sum(axis=1).mean()) or 1.0
+    is_choice = len(set(labels)) > 1  # which a regression must have
+    probe = LogisticRegression(C=100.0, max_iter=500) if is_choice else DummyClassifier()
+    return mean, spread, probe.fit((train - mean) / spread, labels)
+
+
+def predict_linear_probe(model: tuple[np.ndarray, float, Any], test: np.ndarray) -> np.ndarray:
+    mean, spread, probe = model
+    return probe.predict((test - mean) / spread)
+
+
+RECOGNISERS = {
+    "nearest_neighbour": Recogniser("nearest neighbour", fit_nearest_neighbour, predict_nearest_neighbour),
+    "linear_probe": Recogniser("linear probe", fit_linear_probe, predict_linear_probe),
+}
+# The columns that baseline writes for them and evaluate reads.
+PREDICTED = tuple(f"{space}_{name}" for name in RECOGNISERS for space in UNREDUCED)
+
+
+# Command lines
+
+
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Make a parser of numbers of that kind, from low to high, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
+    return number

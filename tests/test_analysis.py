@@ -1,0 +1,124 @@
+"""Facts about what the stages share in stages/analysis.py; scikit-learn, and the stage reduce, are the oracles."""
+
+import argparse
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from stages import analysis, reduce
+from tests.helpers import LABELS, N_FEATURES, make_images, moments_of
+
+
+def basis_of(features: np.ndarray, scale: str = "none", max_components: int = N_FEATURES) -> analysis.Basis:
+    return analysis.fit_basis(analysis.Moments(*moments_of(features)), scale, max_components)
+
+
+# Recognisers
+
+
+def predict(recogniser: str, train: np.ndarray, labels: np.ndarray, test: np.ndarray) -> np.ndarray:
+    _, fit, predict = analysis.RECOGNISERS[recogniser]
+    return predict(fit(train, labels), test)
+
+
+@pytest.mark.parametrize("n_test", [1, 2500], ids=["one row", "more rows than a block"])
+def test_the_nearest_row_is_that_of_scikit_learn(n_test: int) -> None:
+    random = np.random.default_rng(0)
+    train, test = (random.normal(size=(n, 8)).astype(np.float32) for n in (60, n_test))
+    for k in (1, 3, 8):
+        expected = KNeighborsClassifier(1).fit(train[:, :k], range(60)).predict(test[:, :k])
+        # 0.999: float32 cannot always tell which of two neighbours is nearer, where both are as near to the seventh digit.
+        assert np.mean(analysis.nearest(train[:, :k], test[:, :k]) == expected) >= 0.999
+
+
+def test_of_equally_near_images_the_first_counts() -> None:
+    train = np.array([[1, 0], [0, 1], [1, 0]], np.float32)
+    assert analysis.nearest(train, np.zeros((1, 2), np.float32)).tolist() == [0]
+
+
+@pytest.mark.parametrize("recogniser", analysis.RECOGNISERS)
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3], ids=str)
+def test_a_recogniser_knows_what_is_separable_in_any_unit(unit: float, recogniser: str) -> None:
+    images = make_images(90, spread=0.1)
+    features, labels = np.stack(images["features"]) * unit, images["label"].to_numpy()
+    np.testing.assert_array_equal(predict(recogniser, features[:60], labels[:60], features[60:]), labels[60:])
+
+
+@pytest.mark.parametrize("recogniser", analysis.RECOGNISERS)
+def test_a_recogniser_of_noise_is_near_chance(recogniser: str) -> None:
+    random = np.random.default_rng(0)
+    features, labels = random.normal(size=(1200, 4)).astype(np.float32), random.choice(LABELS, 1200)
+    score = np.mean(predict(recogniser, features[:600], labels[:600], features[600:]) == labels[600:])
+    assert score == pytest.approx(1 / 3, abs=0.08)  # four standard deviations of a share of 600
+
+
+@pytest.mark.parametrize("recogniser", analysis.RECOGNISERS)
+def test_a_recogniser_of_one_label_gives_that_label(recogniser: str) -> None:
+    rows = np.eye(3, dtype=np.float32)
+    assert predict(recogniser, rows, np.array(["a"] * 3), rows).tolist() == ["a"] * 3
+
+
+# Principal components
+
+
+@pytest.mark.parametrize("scale", ["none", "standard"])
+def test_components_of_a_fold_are_those_of_scikit_learn_up_to_sign(scale: str) -> None:
+    features = np.stack(make_images()["features"]).astype(np.float64)
+    oracle = PCA(svd_solver="full").fit(StandardScaler(with_std=scale == "standard").fit_transform(features))
+    # 1e-9: the oracle decomposes the data, the stage their covariance, which squares the rounding.
+    components = basis_of(features, scale).components
+    np.testing.assert_allclose(np.abs(components @ oracle.components_.T), np.eye(N_FEATURES), atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", ["none", "standard"])
+def test_the_basis_of_a_fold_is_that_of_the_stage_reduce_up_to_sign(scale: str) -> None:
+    features = np.stack(make_images()["features"])
+    features[:, 2] = 0.1  # constant: divided by 1
+    basis, pca = basis_of(features, scale), reduce.fit(*moments_of(features), scale)
+    np.testing.assert_array_equal([basis.mean, basis.scale], [pca.mean, pca.scale])
+    # 1e-12: two of LAPACK's ways to the same eigenvectors, of variances that are well apart.
+    np.testing.assert_allclose(np.abs(basis.components @ pca.components[: pca.rank].T), np.eye(N_FEATURES - 1), atol=1e-12)
+
+
+def test_a_projection_is_that_of_the_stage_reduce() -> None:
+    features = np.stack(make_images()["features"])
+    basis = basis_of(features, "standard", 3)
+    np.testing.assert_array_equal(analysis.project(features, basis), reduce.project(features, *basis))
+
+
+def test_a_triangle_makes_the_square_that_it_makes_in_the_stage_reduce() -> None:
+    square = analysis.to_square(np.arange(6.0), 3)
+    np.testing.assert_array_equal(square, [[0, 1, 3], [1, 2, 4], [3, 4, 5]])
+    np.testing.assert_array_equal(square, reduce.to_square(np.arange(6.0), 3))
+
+
+def test_the_first_components_of_a_fold_are_the_first_of_all() -> None:
+    features = np.stack(make_images()["features"])
+    two, all_ = (basis_of(features, max_components=n).components for n in (2, N_FEATURES))
+    np.testing.assert_allclose(np.abs(two @ all_.T), np.eye(2, N_FEATURES), atol=1e-9)
+
+
+def test_a_fold_of_few_images_has_one_component_less_than_images() -> None:
+    assert basis_of(np.stack(make_images(4)["features"])).components.shape == (3, N_FEATURES)
+
+
+def test_a_fold_of_one_image_still_has_a_component() -> None:
+    assert basis_of(np.stack(make_images(1)["features"])).components.shape == (1, N_FEATURES)
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(("kind", "text"), [(int, "1"), (int, "10"), (float, "1"), (float, "9.5")], ids=str)
+def test_a_number_within_the_bounds_is_taken(kind: type, text: str) -> None:
+    value = analysis.between(kind, 1, 10)(text)
+    assert (value, type(value)) == (float(text), kind)
+
+
+@pytest.mark.parametrize("text", ["0.999", "10000.1", "-1", "nan", "inf"])
+def test_a_number_out_of_bounds_is_told_what_is_allowed(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not between 1 and 10,000$"):
+        analysis.between(float, 1, 10_000)(text)
