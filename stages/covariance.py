@@ -169,7 +169,9 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("features")
     parser.add_argument("output")
     parser.add_argument("--max_blocks", type=between(int, 1, 4096), required=True, help="partial sums, at most")

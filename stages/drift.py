@@ -128,7 +128,9 @@ def graph_of(backbone: str, file_system: DVCFileSystem | None = None) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("features")
     parser.add_argument("backbone")
     parser.add_argument("reduced")

@@ -290,7 +290,9 @@ def summary(metrics: dict[str, Any], features: str, reduced: str) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ingested")
     parser.add_argument("features")
     parser.add_argument("covariance")

@@ -319,7 +319,9 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("output", type=Path, help="folder to write")
     parser.add_argument("--frames", type=between(int, 1, STEPS), required=True, help=f"an axis, 1 to {STEPS}")
     parser.add_argument("--size", type=between(int, 16, 4096), required=True, help="of an image in pixels, 16 to 4,096")

@@ -1,6 +1,7 @@
 """parameters.py: each number of params.yaml has its bounds, and a wrong one ends a run before it begins."""
 
 import importlib
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_a_number_beyond_its_bounds_is_refused_by_its_name(
     places = words[words.index(f"stages/{stage}.py") + 1 : -1]
     with pytest.raises(SystemExit):
         importlib.import_module(f"stages.{stage}").parse_args([*places, *parameters.flags(PARAMS[stage] | {name: value})])
-    assert f"argument --{name}: " in capsys.readouterr().err
+    assert re.fullmatch(rf"\S+: error: argument --{name}: .*\n", capsys.readouterr().err)
 
 
 def test_a_wrong_number_of_a_later_stage_ends_the_first_stage_before_it_begins(repository: Path) -> None:
