@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 REPORT := data/ingested data/reduced reports/evaluation reports/report.html
 CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
+# One lock for Linux and macOS, each processor and each Python from 3.11 on.
+LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
+PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run report experiments bench test test-slow test-release lint cache-info cache-clear \
+.PHONY: help run report experiments bench test test-slow test-release lint lock cache-info cache-clear \
   remote residency cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
@@ -39,6 +42,10 @@ test-release: .venv/dev ## the stages under the Spark of RELEASE (emr-7.13.0 unl
 
 lint: .venv/dev ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy
+
+lock: .venv/dev ## constraints*.txt of requirements*.txt; a version moves only where it must (delete the two files to move all)
+	@uv pip compile $(LOCK) requirements.txt --output-file constraints.txt
+	@uv pip compile $(LOCK) requirements-dev.txt --constraints constraints.txt --output-file constraints-dev.txt
 
 cache-info: ## what the feature cache holds, and how large it is
 	@for folder in $(CACHE)/*/; do test -f $$folder/about.json || continue; \
@@ -83,11 +90,11 @@ check: # what the machine must have, said before anything else fails
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit(f"Python 3.11, 3.12 or 3.13 is needed, and {sys.executable} is {sys.version.split()[0]}. Set PYTHON, as in: make PYTHON=python3.11 run")'
 	@$(PYTHON) -m bootstrap.java
 
-.venv/run: requirements.txt constraints.txt | check
+.venv/run: constraints.txt | check
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo 'Installing into .venv: some 2 GB, minutes' && pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@echo 'Installing into .venv: some 2 GB, minutes' && $(PIP) -r constraints.txt
 	@touch $@
 
-.venv/dev: .venv/run requirements-dev.txt
-	@pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+.venv/dev: .venv/run constraints-dev.txt
+	@$(PIP) -r constraints-dev.txt
 	@touch $@

@@ -266,10 +266,11 @@ def test_images_of_one_fold_make_a_page_without_accuracies(tmp_path: Path) -> No
 def chromium() -> Iterator[Any]:
     """A headless Chromium without a network."""
     webdriver = pytest.importorskip("selenium.webdriver")
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs Chromium and its driver (Debian: apt install chromium chromium-driver)")
+    browser, service = shutil.which("google-chrome") or shutil.which("chromium"), shutil.which("chromedriver")
+    if not (browser and service):
+        pytest.skip("needs Chrome or Chromium, and its driver (Debian: apt install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = browser
     for flag in (
         "--headless",
         "--no-sandbox",
@@ -282,7 +283,7 @@ def chromium() -> Iterator[Any]:
     ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(service))
     yield driver
     driver.quit()
 

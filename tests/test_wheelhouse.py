@@ -60,7 +60,7 @@ def test_a_package_has_the_version_that_the_requirements_pin() -> None:
     (numpy,) = [line.removeprefix("numpy==") for line in lines if line.startswith("numpy==")]
     assert pinned["numpy"] == numpy
     assert pinned["tensorflow-cpu"]
-    assert pinned["ml-dtypes"], "which constraints.txt spells with an underscore"
+    assert pinned["ml-dtypes"], "which only constraints.txt names"
 
 
 def test_spark_3_gets_a_numpy_before_2() -> None:
