@@ -13,7 +13,7 @@ from botocore.validate import ParamValidator
 from moto import mock_aws
 
 from bootstrap.aws import cloud, cluster, cost, residency, wheelhouse
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SETTINGS = cloud.settings()
 CLUSTER = SETTINGS["cluster"]

@@ -23,8 +23,7 @@ from moto.emr.responses import ElasticMapReduceResponse
 from bootstrap import remote, submit
 from bootstrap.aws import bucket, cloud, emr, serverless
 from tests.aws import BUCKET, REGION, SECRET, Aws, aws, keys
-from tests.conftest import ROOT, run
-from tests.test_pipeline import forget
+from tests.helpers import ROOT, forget, run
 
 SERVICES: dict[str, Any] = {"emr": emr.Cluster, "emr-serverless": serverless.Application}
 TARGETS = tuple(SERVICES)

@@ -12,15 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 from pyspark.sql import Row, SparkSession
 
 from stages import ingest
+from tests.helpers import PARAMS
 
-ROOT = Path(__file__).resolve().parent.parent
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())["ingest"]
-PATTERNS = {"group_pattern": PARAMS["group_pattern"], "fold_pattern": PARAMS["fold_pattern"]}
+PATTERNS = {name: PARAMS["ingest"][name] for name in ("group_pattern", "fold_pattern")}
 LIMITS = {"max_bytes": 20_000, "max_pixels": 10_000, **PATTERNS}
 ORIENTATION = 0x0112  # EXIF tag
 
