@@ -303,7 +303,8 @@ def test_a_bootstrap_action_that_fails_is_told_with_the_address_of_its_log(
 
 
 def test_a_throttled_request_is_made_again(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, refused = ElasticMapReduceResponse.add_job_flow_steps, []
+    add = ElasticMapReduceResponse.add_job_flow_steps
+    refused: list[int] = []
 
     def throttled(self: Any) -> Any:
         if len(refused) < 2:
