@@ -4,7 +4,7 @@ usage: backbone.py WEIGHTS OUTPUT --name resnet50 --weights imagenet --image_siz
 
 reads   WEIGHTS               the folder of weights files, unless --weights is imagenet
 writes  OUTPUT/graph.pb       GraphDef: pixels, uint8 RGB (n, height, width, 3) -> features, float32 (n, n_features)
-        OUTPUT/backbone.json  what the graph is: name, weights, weights_sha256, graph_sha256, image_size, n_features
+        OUTPUT/backbone.json  which graph it is, and how pixels are made of an image: `main` has the keys
 
 Runs without Spark. Workers get the graph's bytes: they build no model, import no Keras and download nothing. The graph is
 the same to the byte on every processor: TensorFlow writes weights into it, but only NumPy calculates with them.
@@ -73,8 +73,19 @@ def main(argv: list[str] | None = None) -> None:
         "weights": args.weights,
         "weights_sha256": sha256(np.ascontiguousarray(array) for array in network.get_weights()),
         "graph_sha256": sha256([graph]),
-        "image_size": args.image_size,
+        "input": "pixels:0",
+        "output": "features:0",
         "n_features": network.output_shape[-1],
+        "pixels": {
+            "orientation": "upright",  # turned as its EXIF data say
+            "mode": "RGB",
+            "width": args.image_size,
+            "height": args.image_size,
+            "fit": "stretch",  # the whole image, whatever its proportions
+            "resampler": "Pillow",  # it averages over all pixels of a larger image; not every library does
+            "resampling": "bicubic",
+            "dtype": "uint8",
+        },
     }
     output = Path(args.output)
     output.mkdir()

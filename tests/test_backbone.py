@@ -21,7 +21,7 @@ import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from stages import backbone
+from stages import backbone, featurize
 
 ROOT = Path(__file__).resolve().parent.parent
 # The frozen graph and eager Keras multiply and add the same float32 in another order: 5 of 7 digits agree, and of numbers
@@ -363,9 +363,24 @@ def test_main_describes_the_graph_that_it_writes(written: Path) -> None:
         "name": backbone.LITE0,
         "weights": "imagenet",
         "graph_sha256": hashlib.sha256(graph).hexdigest(),
-        "image_size": 32,
+        "input": "pixels:0",
+        "output": "features:0",
         "n_features": features_of(graph, random_pixels(2, 32)).shape[1],
+        "pixels": {
+            "orientation": "upright",
+            "mode": "RGB",
+            "width": 32,
+            "height": 32,
+            "fit": "stretch",
+            "resampler": "Pillow",
+            "resampling": "bicubic",
+            "dtype": "uint8",
+        },
     }
+
+
+def test_featurize_knows_the_pixels_that_main_describes(written: Path) -> None:
+    featurize.check_pixels(json.loads((written / "backbone.json").read_text())["pixels"])
 
 
 def test_main_writes_nothing_else(written: Path) -> None:
