@@ -353,7 +353,9 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ingested")
     parser.add_argument("backbone")
     parser.add_argument("output")

@@ -14,7 +14,7 @@ from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
 from stages import covariance, featurize, ingest, reduce
-from tests.helpers import PYTHON, ROOT, run  # noqa: F401, as some test files still take these from here
+from tests.helpers import ROOT, run
 
 
 @pytest.fixture(scope="session")

@@ -458,11 +458,10 @@ def test_an_image_size_that_is_too_small_for_the_network_is_refused(folder: Path
 def legacy_file(monkeypatch: pytest.MonkeyPatch, tensors: dict[str, Tensor]) -> bytes:
     """Write a file as torch.save did before version 1.6. Arrays that are one object share one storage."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
-    torch.FloatStorage = type("FloatStorage", (), {"__module__": "torch"})
-    torch.LongStorage = type("LongStorage", (), {"__module__": "torch"})
-    utils._rebuild_tensor_v2 = types.FunctionType((lambda *_: None).__code__, {}, "_rebuild_tensor_v2")
-    utils._rebuild_tensor_v2.__module__ = "torch._utils"
-    utils._rebuild_tensor_v2.__qualname__ = "_rebuild_tensor_v2"
+    vars(torch).update({name: type(name, (), {"__module__": "torch"}) for name in ("FloatStorage", "LongStorage")})
+    rebuild = types.FunctionType((lambda *_: None).__code__, {}, "_rebuild_tensor_v2")
+    rebuild.__module__, rebuild.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    vars(utils)["_rebuild_tensor_v2"] = rebuild
     arrays = {str(id(array)): array for array, *_ in tensors.values()}
 
     class Stored:

@@ -428,14 +428,8 @@ def test_a_task_without_images_leaves_nothing_that_is_called_damaged(
     assert capsys.readouterr().err == ""
 
 
-class Passes:
-    """An accumulator that nobody adds to."""
-
-    value = 25
-
-
-def test_progress_says_how_far_and_how_long(capsys: pytest.CaptureFixture[str]) -> None:
-    with featurize.progress(Passes(), 100, every=0.5):
+def test_progress_says_how_far_and_how_long(spark: SparkSession, capsys: pytest.CaptureFixture[str]) -> None:
+    with featurize.progress(spark.sparkContext.accumulator(25), 100, every=0.5):
         time.sleep(0.7)
     first = capsys.readouterr().out.splitlines()[0]
     said = re.fullmatch(r"featurize: 25 of 100 images, ([\d.]+) a second, (\d+) s left", first)
@@ -444,8 +438,8 @@ def test_progress_says_how_far_and_how_long(capsys: pytest.CaptureFixture[str]) 
     assert float(said[2]) == pytest.approx(75 / float(said[1]), abs=0.6)
 
 
-def test_progress_is_quiet_before_its_time(capsys: pytest.CaptureFixture[str]) -> None:
-    with featurize.progress(Passes(), 100, every=60):
+def test_progress_is_quiet_before_its_time(spark: SparkSession, capsys: pytest.CaptureFixture[str]) -> None:
+    with featurize.progress(spark.sparkContext.accumulator(25), 100, every=60):
         time.sleep(0.05)
     assert capsys.readouterr().out == ""
 
@@ -469,7 +463,15 @@ class Workplace:
 
     def start(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
         settings = {"FEATURE_CACHE": str(self.folder / cache), "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": "local[2]"}
-        command = [sys.executable, ROOT / "bootstrap" / "submit.py", ROOT / "stages" / stage, *arguments]
+        settings["PYTHONPATH"] = str(ROOT)
+        command: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "bootstrap.submit",
+            "spark-submit",
+            ROOT / "stages" / stage,
+            *arguments,
+        ]
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -508,7 +510,7 @@ class Run(NamedTuple):
     stdout: str
     stderr: str
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         return [row for _, content in sorted(self.files.items()) for row in pq.read_table(io.BytesIO(content)).to_pylist()]
 
 
