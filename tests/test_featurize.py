@@ -464,16 +464,9 @@ class Workplace:
     def start(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
         settings = {"FEATURE_CACHE": str(self.folder / cache), "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": "local[2]"}
         settings["PYTHONPATH"] = str(ROOT)
-        command: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "bootstrap.submit",
-            "spark-submit",
-            ROOT / "stages" / stage,
-            *arguments,
-        ]
+        door = [sys.executable, "-m", "bootstrap.submit", "spark-submit"]
         return subprocess.Popen(
-            command,
+            [*door, ROOT / "stages" / stage, *arguments],
             cwd=self.folder,
             env=os.environ | settings,
             stdout=subprocess.PIPE,
