@@ -10,7 +10,7 @@ PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run report experiments bench test test-slow test-release lint lock cache-info cache-clear \
+.PHONY: help run report compare experiments bench test test-slow test-release lint lock cache-info cache-clear \
   remote residency cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
@@ -24,6 +24,10 @@ run: .venv/run identity ## images to features, PCA and its metrics; only what ch
 
 report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their runs beside this one's
 	@python -m reports.report $(REPORT) $(REVISIONS)
+
+compare: .venv/run ## whether this run and that of REV (or REVS="a b") are the same, but for rounding, or different from which stage on
+	@test -n "$(REV)$(REVS)" || { echo 'compare: say with which run: make compare REV=HEAD (a commit, branch, experiment, or a folder)'; exit 1; }
+	@python -m reports.compare $(REV) $(REVS)
 
 experiments: .venv/run ## what was tried, side by side
 	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|reduce.k|reduce.scale)$$' --sort-by reduce.k

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,9 @@ SECONDS = 5  # that each product is repeated for
 
 def main() -> None:
     args = parse_args()
-    size = json.loads((args.backbone / "backbone.json").read_text())["image_size"]
+    backbone = json.loads((args.backbone / "backbone.json").read_text())
+    wanted = backbone["pixels"]
+    shape = (args.batch_size, wanted["height"], wanted["width"], 3)
     graph = (args.backbone / "graph.pb").read_bytes()
     paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     contents = [path.read_bytes() for path in islice(paths, args.n_images)]
@@ -37,14 +40,14 @@ def main() -> None:
     ready = threading.Barrier(args.n_cores + 1)
 
     def start() -> None:
-        networks.forward = load(graph, args.precision)
-        networks.forward(np.zeros((args.batch_size, size, size, 3), np.uint8))
+        networks.forward = load(graph, backbone, args.precision)
+        networks.forward(np.zeros(shape, np.uint8))
         ready.wait()
 
     def forward(batch: list[bytes]) -> np.ndarray:
-        pixels = np.zeros((args.batch_size, size, size, 3), np.uint8)
+        pixels = np.zeros(shape, np.uint8)
         for i, content in enumerate(batch):
-            pixels[i] = to_pixels(content, size)
+            pixels[i] = to_pixels(content, wanted)
         return networks.forward(pixels)
 
     with ThreadPoolExecutor(args.n_cores, initializer=start) as pool:
@@ -60,15 +63,15 @@ def main() -> None:
     print(json.dumps({"images": len(contents), "images_per_second": round(rate, 2), "gflops_of_a_product": limits}))
 
 
-def load(graph: bytes, precision: str) -> Callable[[np.ndarray], np.ndarray]:
-    """The network as featurize has it, but with a thread of its own: sessions of one process share them otherwise."""
+def load(graph: bytes, backbone: dict[str, Any], precision: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Load the network as featurize does, but with a thread of its own: sessions of one process share them otherwise."""
     import tensorflow as tf
 
     config = settings(precision, 1, ())
     config.use_per_session_threads = True
     with tf.Graph().as_default() as frozen:
         tf.import_graph_def(tf.compat.v1.GraphDef.FromString(graph), name="")
-    return tf.compat.v1.Session(graph=frozen, config=config).make_callable("features:0", ["pixels:0"])
+    return tf.compat.v1.Session(graph=frozen, config=config).make_callable(backbone["output"], [backbone["input"]])
 
 
 def gflops(dtype: str) -> float:

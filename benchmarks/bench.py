@@ -208,10 +208,11 @@ def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
     seconds: Seconds = {}
     memory: dict[str, dict[str, int]] = {}
 
-    def measured(name: str, work: Callable[[], Any]) -> None:
+    @contextmanager
+    def measured(name: str) -> Iterator[None]:
         with peaks() as most:
             started = time.monotonic()
-            work()
+            yield
             seconds.setdefault(name, []).append(time.monotonic() - started)
         memory[name] = {kind: max(mib, memory.get(name, {}).get(kind, 0)) for kind, mib in most.items()}
         print(f"{name}: {seconds[name][-1]:.1f} s, MiB {most}", flush=True)
@@ -226,22 +227,18 @@ def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
             clone = make_clone(folder / f"clone-{n}-{i}")
             (folder / f"photographs-{n}").rename(clone / "data/photos")
             run(*DVC, "add", "-q", "data/photos", cwd=clone)
-            command = (*DVC, "exp", "run", "-S", "images=data/photos")
-            measured(f"the whole, {n:,} photographs", lambda clone=clone, command=command: run(*command, cwd=clone))
+            with measured(f"the whole, {n:,} photographs"):
+                run(*DVC, "exp", "run", "-S", "images=data/photos", cwd=clone)
             (clone / "data/photos").rename(folder / f"photographs-{n}")
             shutil.rmtree(clone)
         for n in GROWTH["files"]:
-            places = (f"files-{n}", "ingested", PARAMS["ingest"])
-            measured(f"ingest, {n:,} files", lambda places=places: submit(folder / "files", "ingest", *places))
+            with measured(f"ingest, {n:,} files"):
+                submit(folder / "files", "ingest", f"files-{n}", "ingested", PARAMS["ingest"])
         for n in GROWTH["rows"]:
             rows = folder / f"rows-{n}"
-            measured(
-                f"covariance and reduce, {n:,} rows of {N_FEATURES_OF_ROWS}",
-                lambda rows=rows: (
-                    submit(rows, "covariance", "features", "covariance", PARAMS["covariance"]),
-                    submit(rows, "reduce", "features", "covariance", "reduced", PARAMS["reduce"]),
-                ),
-            )
+            with measured(f"covariance and reduce, {n:,} rows of {N_FEATURES_OF_ROWS}"):
+                submit(rows, "covariance", "features", "covariance", PARAMS["covariance"])
+                submit(rows, "reduce", "features", "covariance", "reduced", PARAMS["reduce"])
     medians = iter([statistics.median(each) for each in seconds.values()])
     exponents = {}
     for what, sizes in GROWTH.items():
@@ -271,13 +268,13 @@ def pca(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         shutil.rmtree(folder / "field")
         said = run(sys.executable, "-c", SCIKIT_LEARN, folder / "all/features")
         seconds.setdefault("scikit-learn, fit_transform in memory", []).append(float(said.splitlines()[-1]))
-    took = {name: statistics.median(all_) for name, all_ in seconds.items()}
-    ours = took["covariance"] + took["reduce"]
-    work = ours - took["covariance, start-up"] - took["reduce, start-up"]
+    medians = {name: statistics.median(all_) for name, all_ in seconds.items()}
+    ours = medians["covariance"] + medians["reduce"]
+    work = ours - medians["covariance, start-up"] - medians["reduce, start-up"]
     ratios = {
-        "with start": round(took["pyspark.ml PCA"] / ours, 1),
-        "without start": round(took["pyspark.ml PCA, start-up apart"] / work, 1),
-        "scikit-learn": round(work / took["scikit-learn, fit_transform in memory"], 1),
+        "with start": round(medians["pyspark.ml PCA"] / ours, 1),
+        "without start": round(medians["pyspark.ml PCA, start-up apart"] / work, 1),
+        "scikit-learn": round(work / medians["scikit-learn, fit_transform in memory"], 1),
     }
     return {"rows": N_ROWS, "features": N_FEATURES, "k": K, "seconds": seconds, "ratios": ratios}
 

@@ -51,9 +51,9 @@ def main() -> None:
         if args.materialise:
             timed("featurize", lambda: features.write.parquet(f"{args.output}/features"))
             features = spark.read.parquet(f"{args.output}/features")
-    vectors = features.withColumn("vector", array_to_vector("features"))
+    vectors = features.withColumn("vector", array_to_vector(F.col("features")))
     model = timed("fit", lambda: PCA(k=args.k, inputCol="vector", outputCol="reduced").fit(vectors))
-    reduced = model.transform(vectors).select("path", "label", vector_to_array("reduced", "float32").alias("reduced"))
+    reduced = model.transform(vectors).select("path", "label", vector_to_array(F.col("reduced"), "float32").alias("reduced"))
     timed("write", lambda: reduced.write.parquet(f"{args.output}/reduced"))
     n_images = len(pd.read_parquet(f"{args.output}/reduced", columns=["path"]))
     print(json.dumps({"images": n_images, "passes": passes.value, "seconds": seconds}))
@@ -71,7 +71,7 @@ def featurize(spark: SparkSession, folder: Path, passes: Any) -> DataFrame:
 
     weights = spark.sparkContext.broadcast(network().get_weights())
 
-    @F.pandas_udf("array<float>")  # type: ignore[call-overload]
+    @F.pandas_udf("array<float>")  # type: ignore[call-overload]  # its stub asks for what type hints say since Spark 3
     def vectors_of(batches: Iterator[pd.Series]) -> Iterator[pd.Series]:
         model = network()
         model.set_weights(weights.value)

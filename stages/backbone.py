@@ -1,12 +1,13 @@
-"""backbone: a pretrained network and its preprocessing, frozen into one TensorFlow graph.
+"""backbone: freeze a pretrained network and its preprocessing into one TensorFlow graph.
 
 usage: backbone.py WEIGHTS OUTPUT --name resnet50 --weights imagenet --image_size 224
 
-reads   WEIGHTS                 the folder of weights files, unless --weights is imagenet
-writes  OUTPUT/graph.pb       GraphDef: pixels, uint8 RGB (n, size, size, 3) -> features, float32 (n, n_features)
-        OUTPUT/backbone.json  what the graph is: name, weights, weights_sha256, graph_sha256, image_size, n_features
+reads   WEIGHTS               the folder of weights files, unless --weights is imagenet
+writes  OUTPUT/graph.pb       GraphDef: pixels, uint8 RGB (n, height, width, 3) -> features, float32 (n, n_features)
+        OUTPUT/backbone.json  which graph it is, and how pixels are made of an image: `main` has the keys
 
-Runs without Spark. Workers get the graph's bytes: they build no model, import no Keras and download nothing.
+Runs without Spark. Workers get the graph's bytes: they build no model, import no Keras and download nothing. The graph is
+the same to the byte on every processor: TensorFlow writes weights into it, but only NumPy calculates with them.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterable
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow's greeting is not this stage's output
+os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's own keras.json says
 
 import keras
 import numpy as np
@@ -53,6 +54,8 @@ LITE0_BLOCKS = (  # repeats, kernel, stride, expansion, filters
 # Each image classifier of keras.applications by its name in small letters.
 KERAS = {name.lower(): value for name, value in vars(keras.applications).items() if name[0].isupper()}
 
+CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
+
 Scaling = Callable[[Any], Any]
 
 
@@ -70,22 +73,29 @@ def main(argv: list[str] | None = None) -> None:
         "weights": args.weights,
         "weights_sha256": sha256(np.ascontiguousarray(array) for array in network.get_weights()),
         "graph_sha256": sha256([graph]),
-        "image_size": args.image_size,
+        "input": "pixels:0",
+        "output": "features:0",
         "n_features": network.output_shape[-1],
+        "pixels": {
+            "orientation": "upright",  # turned as its EXIF data say
+            "mode": "RGB",
+            "width": args.image_size,
+            "height": args.image_size,
+            "fit": "stretch",  # the whole image, whatever its proportions
+            "resampler": "Pillow",  # it averages over all pixels of a larger image; not every library does
+            "resampling": "bicubic",
+            "dtype": "uint8",
+        },
     }
     output = Path(args.output)
-    partial = output.with_name(f"{output.name}.partial")
-    for folder in (partial, output):
-        shutil.rmtree(folder, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (partial / "graph.pb").write_bytes(graph)
-    (partial / "backbone.json").write_text(json.dumps(description, indent=2) + "\n")
-    partial.rename(output)
+    output.mkdir()
+    (output / "graph.pb").write_bytes(graph)
+    (output / "backbone.json").write_text(json.dumps(description, indent=2) + "\n")
     print(f"backbone: {args.name}, {args.image_size} x {args.image_size} pixels to {description['n_features']:,} features")
 
 
 def build(name: str, image_size: int, weights: str | None = None, classifier: bool = False) -> tuple[keras.Model, Scaling]:
-    """The network, and what it does to pixels (0 to 255) first.
+    """Build the network, and the function that scales pixels (0 to 255) for it.
 
     Parameters
     ----------
@@ -98,6 +108,9 @@ def build(name: str, image_size: int, weights: str | None = None, classifier: bo
         image_size is too small, or the weights cannot be downloaded; the message says which file to put where.
     """
     keras.utils.clear_session()  # names of layers, and so the graph's bytes, do not depend on what was built before
+    keras.config.set_floatx("float32")  # nor do the graph's bytes depend on the user's own keras.json
+    keras.config.set_epsilon(1e-7)
+    keras.config.set_image_data_format("channels_last")
     if name == LITE0:
         return efficientnet_lite0(image_size, classifier), lambda pixels: (pixels - 127.0) / 128.0
     builder = KERAS[name]
@@ -120,7 +133,7 @@ def build(name: str, image_size: int, weights: str | None = None, classifier: bo
 
 
 def efficientnet_lite0(image_size: int, classifier: bool) -> keras.Model:
-    """EfficientNet-Lite0 with layers named as the tensors of its PyTorch file."""
+    """Build EfficientNet-Lite0, with layers named as the tensors of its PyTorch file."""
 
     def normed(x: Any, convolution: layers.Layer, norm: str, activate: bool = True) -> Any:
         x = layers.BatchNormalization(epsilon=1e-3, name=norm)(convolution(x))
@@ -167,6 +180,7 @@ def load_file(network: keras.Model, name: str, path: Path) -> None:
 
 
 def load_lite0(network: keras.Model) -> None:
+    """Give EfficientNet-Lite0 the ImageNet weights of its package, or exit if their file has another SHA-256."""
     content = (importlib.resources.files(LITE0_PACKAGE) / LITE0_FILE).read_bytes()
     if (found := sha256([content])) != LITE0_SHA256:
         raise SystemExit(f"backbone: {LITE0_FILE} has SHA-256 {found}, not {LITE0_SHA256}. Install its package again.")
@@ -185,7 +199,7 @@ def load_lite0(network: keras.Model) -> None:
 
 
 def read_pytorch(content: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a PyTorch file as it was before version 1.6, without PyTorch.
+    """Read the tensors, by name, of a PyTorch file as it was before version 1.6, without PyTorch.
 
     The file is five pickles (magic number, version, system, tensors by name, keys of storages), then each storage: its
     number of elements, int64, and the elements. Nothing but what such a file needs is unpickled.
@@ -228,71 +242,63 @@ def read_pytorch(content: bytes) -> dict[str, np.ndarray]:
 
 
 def freeze(network: keras.Model, scaling: Scaling, image_size: int) -> bytes:
-    """The network and its scaling as a GraphDef without variables: `pixels:0` in, `features:0` out."""
+    """Write the scaling and the network as a GraphDef without variables: `pixels:0` in, `features:0` out.
+
+    The network can be frozen once only.
+    """
+    fused = fuse_normalizations(network)
 
     @tf.function(input_signature=[tf.TensorSpec((None, image_size, image_size, 3), tf.uint8, name="pixels")])
     def forward(pixels: tf.Tensor) -> tf.Tensor:
-        return tf.identity(network(scaling(tf.cast(pixels, tf.float32)), training=False), name="features")
+        return tf.identity(fused(scaling(tf.cast(pixels, tf.float32)), training=False), name="features")
 
     frozen = convert_variables_to_constants_v2(forward.get_concrete_function())
-    return fold(frozen.graph).SerializeToString(deterministic=True)
+    return frozen.graph.as_graph_def().SerializeToString(deterministic=True)
 
 
-def fold(graph: tf.Graph) -> tf.compat.v1.GraphDef:
-    """The same function from `pixels` to `features`, in the form that TensorFlow's optimizer fuses into few operations.
+def fuse_normalizations(network: keras.Model) -> keras.Model:
+    """Build the same function from the same layers, in the form that TensorFlow executes in few operations.
 
-    Keras writes a batch normalization as a product and a sum, each a pass over memory: after a convolution they become its
-    kernel and its bias. The sum of two feature maps becomes an AddN, for an AddV2, which might broadcast, is not fused with
-    the convolution before it and the activation after it.
+    A batch normalization is a product and a sum, each a pass over memory: where it alone takes a convolution's output, they
+    become that convolution's kernel and bias. A sum of feature maps of one shape becomes an AddN: an AddV2, which might
+    broadcast, is not fused with the convolution before it and the activation after it.
     """
-    folded = graph.as_graph_def()
-    nodes = {node.name: node for node in folded.node}
-    convolutions: dict[str, Any] = {}  # by the sum that ends their normalization
-    norms: dict[str, dict[str, tf.Tensor]] = {}
-    for add in graph.get_operations():
-        if add.type == "AddV2" and add.inputs[0].shape.rank == 4:
-            if add.inputs[0].shape.as_list() == add.inputs[1].shape.as_list():
-                nodes[add.name].op = "AddN"
-                nodes[add.name].attr["N"].i = 2
-            elif (found := normalized_convolution(add)) is not None:
-                convolutions[add.name], norms[add.name] = nodes[found[0]], found[1]
-    with tf.compat.v1.Session(graph=graph) as session:
-        values = session.run(norms)
+    maker = {id(layer.output): layer for layer in network.operations}
+    n_takers = collections.Counter(id(tensor) for layer in network.operations for tensor in keras.tree.flatten(layer.input))
+    instead: dict[str, layers.Layer | None] = {}
+    for layer in network.operations:
+        if isinstance(layer, layers.Add) and len({each.shape for each in layer.input}) == 1:
+            instead[layer.name] = layers.Lambda(tf.add_n, name=layer.name)
+        elif isinstance(layer, layers.BatchNormalization):
+            convolution, is_alone = maker[id(layer.input)], n_takers[id(layer.input)] == 1
+            if is_alone and isinstance(convolution, CONVOLUTIONS) and convolution.activation is keras.activations.linear:
+                instead |= {convolution.name: fuse(convolution, layer), layer.name: None}
 
-    def constant(name: str, value: np.ndarray) -> str:
-        node = folded.node.add(name=name, op="Const")
-        node.attr["dtype"].type = tf.float32.as_datatype_enum
-        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
-        return name
+    def call(layer: layers.Layer, *inputs: Any, **options: Any) -> Any:
+        used = instead.get(layer.name, layer)
+        return used(*inputs, **options) if used else inputs[0]
 
-    for name, value in values.items():
-        convolution = convolutions[name]
-        kernel, scale = value["kernel"], value["scale"].ravel()
-        # A depthwise kernel is (height, width, channels, multiplier), and channels x multiplier come out.
-        outputs = kernel.shape[2:] if convolution.op == "DepthwiseConv2dNative" else scale.shape
-        convolution.input[1] = constant(f"{name}/kernel", kernel * scale.reshape(outputs))
-        nodes[name].op = "BiasAdd"
-        bias = constant(f"{name}/bias", value.get("bias", np.float32(0)) * scale + value["offset"].ravel())
-        nodes[name].input[:] = [convolution.name, bias]
-    return tf.compat.v1.graph_util.extract_sub_graph(folded, ["features"])
+    return keras.models.clone_model(network, clone_function=lambda layer: layer, call_function=call)
 
 
-def normalized_convolution(add: tf.Operation) -> tuple[str, dict[str, tf.Tensor]] | None:
-    """The name and the constants of `(convolution + bias) x scale + offset`, if the sum is that; bias may be missing."""
-    scaled, offset = add.inputs
-    if scaled.op.type != "Mul":
-        return None
-    convolved, scale = scaled.op.inputs
-    constants = {"scale": scale, "offset": offset}
-    passed = [scaled, convolved]
-    if convolved.op.type == "BiasAdd":
-        convolved, constants["bias"] = convolved.op.inputs
-        passed.append(convolved)
-    if convolved.op.type not in ("Conv2D", "DepthwiseConv2dNative") or any(len(each.consumers()) > 1 for each in passed):
-        return None
-    constants["kernel"] = convolved.op.inputs[1]
-    # What depends on the images has their unknown number in its shape.
-    return (convolved.op.name, constants) if all(each.shape.is_fully_defined() for each in constants.values()) else None
+def fuse(convolution: layers.Layer, normalization: layers.BatchNormalization) -> layers.Layer:
+    """Make the convolution whose output is that of a convolution and the batch normalization after it.
+
+    NumPy calculates it, in float64: each operation has the one result that IEEE 754 allows. TensorFlow's own reciprocal of a
+    square root begins with an approximation that differs between makers of processors.
+    """
+    of = {weight.name: weight.numpy().astype(np.float64) for weight in normalization.weights}
+    scale = of.get("gamma", 1.0) / np.sqrt(of["moving_variance"] + normalization.epsilon)
+    weights: list[np.ndarray] = convolution.get_weights()
+    bias = ((weights.pop() if convolution.use_bias else 0.0) - of["moving_mean"]) * scale + of.get("beta", 0.0)
+    *earlier, kernel = weights  # of a separable convolution, the pointwise kernel gives the channels
+    # A depthwise kernel is (height, width, channels, multiplier), and channels x multiplier come out.
+    is_depthwise = isinstance(convolution, layers.DepthwiseConv2D)
+    kernel = kernel * (scale.reshape(kernel.shape[2:]) if is_depthwise else scale)
+    fused = type(convolution).from_config(convolution.get_config() | {"use_bias": True})
+    fused.build(convolution.input.shape)
+    fused.set_weights([*earlier, kernel.astype(np.float32), bias.astype(np.float32)])
+    return fused
 
 
 def sha256(parts: Iterable[Any]) -> str:
@@ -302,25 +308,30 @@ def sha256(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Make a parser of numbers of that kind, from low to high, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
     return number
 
 
-def known_name(text: str) -> str:
-    if text not in (LITE0, *KERAS):
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; it can be {', '.join((LITE0, *sorted(KERAS)))}")
-    return text
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("weights_folder")
     parser.add_argument("output")
-    parser.add_argument("--name", type=known_name, required=True, help=f"{LITE0}, or a network of keras.applications")
+    names = (LITE0, *sorted(KERAS))
+    parser.add_argument("--name", choices=names, required=True, metavar="NAME", help=f"one of {', '.join(names)}")
     parser.add_argument("--weights", required=True, help=f"{IMAGENET}, or the name of a Keras file in WEIGHTS")
-    parser.add_argument("--image_size", type=positive, required=True, help="width and height of the network's input, pixels")
+    parser.add_argument(
+        "--image_size", type=between(int, 32, 1024), required=True, help="width and height of the network's input, pixels"
+    )
     return parser.parse_args(argv)
 
 

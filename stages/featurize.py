@@ -1,4 +1,4 @@
-"""featurize: a feature vector for each image, by one pass of the backbone for each distinct image.
+"""featurize: compute a feature vector for each image, by one pass of the backbone for each distinct image.
 
 usage: featurize.py INGESTED BACKBONE OUTPUT --batch_size 8 --precision float32 --images_per_file 2048
 
@@ -7,8 +7,8 @@ reads   INGESTED/images  IMAGES
 writes  OUTPUT           FEATURES, sorted by image_id and path within a file
 
 Features are kept for reuse in a cache (Spark setting spark.featurize.cache), under a fingerprint of all that determines
-them but the image. Only what is not there goes through the backbone, and every task that ends leaves its features there,
-so that a run that is killed loses no more than the tasks that were running.
+them but the image. Only the images that are not there go through the backbone. Every task that ends leaves its features
+there, so that a run that is killed loses no more than the tasks that were running.
 """
 
 import argparse
@@ -56,12 +56,20 @@ FEATURES = T.StructType(
 COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])  # a row of the cache
 PRECISIONS = ("float32", "bfloat16")
 LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a feature
+PIXELS = {  # the values that `to_pixels` knows, by key of backbone.json's "pixels"; it makes any width and height
+    "orientation": ("upright",),  # as every image is after ingest
+    "mode": ("RGB",),
+    "fit": ("stretch",),
+    "resampler": ("Pillow",),
+    "resampling": tuple(each.name.lower() for each in Image.Resampling),
+    "dtype": ("uint8",),
+}
 
-# What a killed run can lose on each core: of ResNet50 5 s in bfloat16 by AMX, 25 s in float32. Smaller ones cost more, for
-# before each task Spark makes Python look for modules anew, which takes as long as several images.
+# A killed run loses at most this work on each core: of ResNet50 5 s in bfloat16 by AMX, 25 s in float32. Smaller tasks cost
+# more: before each task Spark makes Python look for modules anew, which takes as long as several images.
 IMAGES_PER_TASK = 512
 
-SECONDS_WATCHED, SECONDS_LOGGED = 10, 600  # between two lines on how far it is: on a terminal, in a log
+SECONDS_WATCHED, SECONDS_LOGGED = 10, 600  # between two lines of progress: on a terminal, in a log
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,6 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         .getOrCreate()
     )
     backbone = json.loads(read_bytes(spark, f"{args.backbone}/backbone.json"))
+    check_pixels(backbone.get("pixels", {}))
     images = spark.read.schema(IMAGES).parquet(f"{args.ingested}/images")
     keys = images.drop("content").persist()  # and Spark knows how large it is: small enough, no join shuffles features
     n_images = keys.count()
@@ -85,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     about = {"backbone": backbone, "batch_size": args.batch_size, "precision": args.precision}
     cache = open_cache(spark, fingerprint(**about), about)
-    missing = missing_ids(keys, heal(spark, cache, backbone["n_features"])).persist()
+    missing = missing_ids(keys, drop_damaged_files(spark, cache, backbone["n_features"])).persist()
     n_missing = missing.count()
     if n_missing:
         graph = read_bytes(spark, f"{args.backbone}/graph.pb")
@@ -96,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
         passes = spark.sparkContext.accumulator(0)
         network = spark.sparkContext.broadcast({"graph": graph})
         work = spread(images.join(missing, "content_id", "left_semi"), n_missing)
-        computed = forward(work, network, backbone["image_size"], args.batch_size, args.precision, passes)
+        computed = forward(work, network, backbone, args.batch_size, args.precision, passes)
         with progress(passes, n_missing, every=SECONDS_WATCHED if is_watched else SECONDS_LOGGED):
             append(computed, cache)
         if passes.value != n_missing:
@@ -109,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
         .join(keys, "content_id")
         .select(*FEATURES.names)
         .repartition(n_files, "image_id")
-        .dropDuplicates(["image_id", "path"])  # what two runs at once both computed
+        .dropDuplicates(["image_id", "path"])  # two runs at once may both have computed an image
         .sortWithinPartitions("image_id", "path")
         .write.parquet(args.output)
     )
@@ -121,13 +130,24 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
+def check_pixels(wanted: dict[str, Any]) -> None:
+    """Exit if backbone.json asks for pixels with a key or a value that is not in PIXELS."""
+    for key in sorted({*PIXELS, *wanted} - {"width", "height"}):
+        value, known = wanted.get(key), PIXELS.get(key, ())
+        if value not in known:
+            raise SystemExit(
+                f"featurize: backbone.json asks for pixels whose {key} is {value!r}; this stage knows "
+                f"{', '.join(known) or 'no such key'}. Run `dvc repro -f backbone`."
+            )
+
+
 def missing_ids(images: DataFrame, computed: DataFrame) -> DataFrame:
-    """The content_id of each distinct image that has not been computed."""
+    """List the content_id of each distinct image that has not been computed."""
     return images.select("content_id").distinct().join(computed, "content_id", "left_anti")
 
 
 def spread(images: DataFrame, n_distinct: int) -> DataFrame:
-    """Each distinct image once, over tasks of equal size: as few as there are cores for, or small ones."""
+    """Divide the distinct images among tasks of equal size: one for each core, or small ones."""
     n_cores = images.sparkSession.sparkContext.defaultParallelism
     n_tasks = n_cores * math.ceil(n_distinct / (n_cores * IMAGES_PER_TASK))
     return images.select("content_id", "content").repartition(n_tasks, "content_id").dropDuplicates(["content_id"])
@@ -136,16 +156,17 @@ def spread(images: DataFrame, n_distinct: int) -> DataFrame:
 def forward(
     images: DataFrame,
     network: Broadcast[dict[str, Any]],
-    image_size: int,
+    backbone: dict[str, Any],
     batch_size: int,
     precision: str,
     passes: Accumulator[int],
 ) -> DataFrame:
-    """COMPUTED, one row for each row of images.
+    """Compute COMPUTED, one row for each row of images.
 
     Batches are filled up to batch_size: with one shape for all, TensorFlow's result for an image does not depend, to the
     last bit, on the images beside it.
     """
+    wanted = backbone["pixels"]
 
     def compute(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         task = TaskContext.get()
@@ -153,12 +174,12 @@ def forward(
         gpus = task.resources()["gpu"].addresses if task and "gpu" in task.resources() else []
         # Spark unpickles this function for each task, but a broadcast value only once in a worker's life.
         if "forward" not in network.value:
-            network.value["forward"] = load(network.value["graph"], precision, n_threads, gpus)
+            network.value["forward"] = load(network.value["graph"], backbone, precision, n_threads, gpus)
             del network.value["graph"]
         for batch in batches:
-            pixels = np.zeros((batch_size, image_size, image_size, 3), np.uint8)
+            pixels = np.zeros((batch_size, wanted["height"], wanted["width"], 3), np.uint8)
             for i, content in enumerate(batch["content"]):
-                pixels[i] = to_pixels(content.as_py(), image_size)
+                pixels[i] = to_pixels(content.as_py(), wanted)
             features = network.value["forward"](pixels)[: len(batch)]
             passes.add(len(batch))
             offsets = np.arange(len(batch) + 1, dtype=np.int32) * features.shape[1]
@@ -168,8 +189,10 @@ def forward(
     return images.mapInArrow(compute, COMPUTED)
 
 
-def load(graph: bytes, precision: str, n_threads: int, gpus: Sequence[str] = ()) -> Callable[[np.ndarray], np.ndarray]:
-    """The backbone as a function: pixels, uint8 (n, size, size, 3) -> features, float32 (n, n_features)."""
+def load(
+    graph: bytes, backbone: dict[str, Any], precision: str, n_threads: int, gpus: Sequence[str] = ()
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Load the backbone as a function: pixels, uint8 (n, height, width, 3) -> features, float32 (n, n_features)."""
     import tensorflow as tf  # slow to import, and only workers need it
 
     if gpus:
@@ -178,11 +201,11 @@ def load(graph: bytes, precision: str, n_threads: int, gpus: Sequence[str] = ())
     with tf.Graph().as_default() as frozen:
         tf.import_graph_def(tf.compat.v1.GraphDef.FromString(graph), name="")
     session = tf.compat.v1.Session(graph=frozen, config=settings(precision, n_threads, gpus))
-    return session.make_callable("features:0", ["pixels:0"])
+    return session.make_callable(backbone["output"], [backbone["input"]])
 
 
 def settings(precision: str, n_threads: int, gpus: Sequence[str]) -> Any:
-    """TensorFlow's, for a task that has those GPUs to itself: no other is seen, for it might be another task's."""
+    """Make TensorFlow's settings for a task that has those GPUs to itself: it sees no others, for they may be another's."""
     import tensorflow as tf
 
     config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=n_threads, inter_op_parallelism_threads=1)
@@ -196,16 +219,17 @@ def settings(precision: str, n_threads: int, gpus: Sequence[str]) -> Any:
     return config
 
 
-def to_pixels(content: bytes, image_size: int) -> np.ndarray:
-    """The image's pixels, uint8 RGB of shape (image_size, image_size, 3), the whole image stretched to that square."""
+def to_pixels(content: bytes, wanted: dict[str, Any]) -> np.ndarray:
+    """Make the pixels that backbone.json asks for, uint8 RGB of shape (height, width, 3): the whole image is stretched."""
     with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+        resampling = Image.Resampling[wanted["resampling"].upper()]
+        return np.asarray(image.resize((wanted["width"], wanted["height"]), resampling))
 
 
 def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> str:
-    """A name for all that determines a feature except the image: the cache never mixes what differs in it."""
+    """Name all that determines a feature except the image: the cache never mixes features that differ in it."""
     determines = {
-        "graph": backbone["graph_sha256"],
+        "backbone": {key: backbone[key] for key in ("graph_sha256", "input", "output", "pixels")},
         "batch_size": batch_size,
         "precision": precision,
         "code": [inspect.getsource(function) for function in (to_pixels, load, settings)],
@@ -215,12 +239,12 @@ def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> st
 
 
 def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
-    """The folder of the cache of that name, made if need be, with a note for people on what it is about.
+    """Make the folder of the cache of that name, if need be, with a note that says people what it is about.
 
     Raises
     ------
     SystemExit
-        nothing can be written there
+        nothing can be written there.
     """
     cache = f"{spark.conf.get('spark.featurize.cache')}/{name}"
     note, file_system = hadoop_path(spark, f"{cache}/about.json")
@@ -235,7 +259,7 @@ def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
 
 
 def read_cache(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
-    """COMPUTED; what cannot be read, or is not of n_features, is passed over."""
+    """Read COMPUTED; rows that cannot be read, or are not of n_features, are passed over."""
     return (
         spark.read.schema(COMPUTED)
         .option("recursiveFileLookup", True)
@@ -246,8 +270,8 @@ def read_cache(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
     )
 
 
-def heal(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
-    """The content_id of each row of the cache, when each file of which nothing can be read has been removed."""
+def drop_damaged_files(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
+    """Remove each file of the cache of which nothing can be read; give the content_id of each row of the others."""
     rows = read_cache(spark, cache, n_features).select("content_id", "_metadata.file_path").persist()
     sound = rows.select("file_path").distinct()
     files = spark.read.format("binaryFile").option("recursiveFileLookup", True).option("pathGlobFilter", "*.parquet")
@@ -261,7 +285,7 @@ def heal(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
 
 
 def is_empty(spark: SparkSession, path: str) -> bool:
-    """Whether a Parquet file is sound and has no row."""
+    """Tell whether a Parquet file is sound and has no row."""
     jvm: Any = spark._jvm
     file, _ = hadoop_path(spark, path)
     source = jvm.org.apache.parquet.hadoop.util.HadoopInputFile.fromPath(file, spark._jsc.hadoopConfiguration())
@@ -275,7 +299,7 @@ def is_empty(spark: SparkSession, path: str) -> bool:
 
 
 def append(computed: DataFrame, cache: str) -> None:
-    """Write to the cache, each task's rows as soon as the task has ended: what is done outlives a killed run."""
+    """Write to the cache, each task's rows as soon as the task has ended: they outlive a killed run."""
     (
         computed.write
         # Of Hadoop's two ways to commit, the one that does not wait for the job's end. It may leave a row twice after a
@@ -305,7 +329,7 @@ def progress(passes: Accumulator[int], n_missing: int, every: float) -> Iterator
 
 
 def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
-    """A path of any file system that Spark knows, and that file system."""
+    """Find a path of any file system that Spark knows, and that file system."""
     jvm: Any = spark._jvm
     hadoop = jvm.org.apache.hadoop.fs.Path(path)
     return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
@@ -316,20 +340,30 @@ def read_bytes(spark: SparkSession, path: str) -> bytes:
     return bytes(file.at[0, "content"])
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Make a parser of numbers of that kind, from low to high, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
     return number
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ingested")
     parser.add_argument("backbone")
     parser.add_argument("output")
-    parser.add_argument("--batch_size", type=positive, required=True, help="images in one pass")
+    parser.add_argument("--batch_size", type=between(int, 1, 4096), required=True, help="images in one pass")
     parser.add_argument("--precision", choices=PRECISIONS, required=True, help="of the arithmetic; features are float32")
-    parser.add_argument("--images_per_file", type=positive, required=True, help="rows of an output file, about")
+    parser.add_argument(
+        "--images_per_file", type=between(int, 1, 10_000_000), required=True, help="rows of an output file, about"
+    )
     return parser.parse_args(argv)
 
 

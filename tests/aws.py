@@ -72,7 +72,7 @@ class Aws:
         with self.at_work:
             self.running.clear()
         for service in ("s3", "emr", "emr-serverless", "cloudformation"):
-            get_backend(service).reset()  # type: ignore[attr-defined]
+            get_backend(service).reset()
         self.commands.clear()
         application = self.client("emr-serverless").create_application(
             name=NAME, releaseLabel="emr-7.13.0", type="SPARK", clientToken=NAME
@@ -125,9 +125,15 @@ class Aws:
 
     def run_job(self, run: JobRun) -> None:
         run.state, started = "RUNNING", utcnow()
-        driver = run.job_driver["sparkSubmit"]
-        where = f"{run.configuration_overrides['monitoringConfiguration']['s3MonitoringConfiguration']['logUri']}"
-        words = [*shlex.split(driver["sparkSubmitParameters"]), driver["entryPoint"], *driver["entryPointArguments"]]
+        assert run.job_driver is not None
+        assert run.configuration_overrides is not None
+        driver, monitoring = run.job_driver["sparkSubmit"], run.configuration_overrides["monitoringConfiguration"]
+        conf, file = driver["sparkSubmitParameters"], driver["entryPoint"]
+        assert isinstance(conf, str)
+        assert isinstance(file, str)
+        assert isinstance(monitoring, dict)
+        words = [*shlex.split(conf), file, *driver["entryPointArguments"]]
+        where = monitoring["s3MonitoringConfiguration"]["logUri"]
         logs = f"{where}applications/{run.application_id}/jobs/{run.id}/SPARK_DRIVER"
         status = self.spark_submit(words, run.id, logs)
         seconds = (utcnow() - started).total_seconds()
@@ -183,7 +189,8 @@ class Aws:
                 "S3": str(root),
             },
             start_new_session=True,
-            **said,
+            stdout=said["stdout"],
+            stderr=said["stderr"],
         )
         self.running[name] = process
         status = process.wait()
@@ -266,7 +273,7 @@ def teach(patch: pytest.MonkeyPatch, played: Aws) -> None:
         return added
 
     patch.setattr(Cluster, "add_steps", add_pending)
-    status_of: Callable[[Any], dict[str, Any]] = Step.status.fget  # type: ignore[attr-defined]
+    status_of: Callable[[Any], dict[str, Any]] = vars(Step)["status"].fget
     patch.setattr(Step, "status", property(lambda self: {**status_of(self), "FailureDetails": getattr(self, "failure", {})}))
 
     make = JobRun.__init__

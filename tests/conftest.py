@@ -1,9 +1,8 @@
-"""What the tests share: a Spark session, images made on the spot, and one run of the pipeline."""
+"""The fixtures of several test files: a Spark session, images made on the spot, and one run of the pipeline."""
 
 import io
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,26 +14,7 @@ from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
 from stages import covariance, featurize, ingest, reduce
-
-ROOT = Path(__file__).resolve().parent.parent
-PYTHON = Path(sys.executable)
-
-
-def run(*command: str, cwd: Path, **environment: str) -> str:
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ
-        | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "SPARK_DRIVER_MEMORY": "1g"}
-        # Nobody's settings, as on a new machine.
-        | {"HOME": str(cwd), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-        | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+from tests.helpers import ROOT, run
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,8 @@ import pandas as pd
 
 from bootstrap.aws import cloud, wheelhouse
 from bootstrap.parameters import flags
-from tests.test_contract import PARAMS, SPARK_STAGES
+from tests.helpers import PARAMS, ROOT, SPARK_STAGES
 
-ROOT = Path(__file__).resolve().parent.parent
 PLACES = {
     "ingest": ["data/sample", "ingested"],
     "featurize": ["ingested", "data/backbone", "features"],

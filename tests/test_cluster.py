@@ -13,7 +13,7 @@ from botocore.validate import ParamValidator
 from moto import mock_aws
 
 from bootstrap.aws import cloud, cluster, cost, residency, wheelhouse
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SETTINGS = cloud.settings()
 CLUSTER = SETTINGS["cluster"]
@@ -246,8 +246,13 @@ def test_a_cluster_that_has_ended_is_not_found(emr: Any) -> None:
 def test_down_asks_first(emr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     cluster.main(["up"])
     one = cloud.find_cluster(emr, "fruits")
-    questions = []
-    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "")
+    questions: list[str] = []
+
+    def press_enter(question: str) -> str:
+        questions.append(question)
+        return ""
+
+    monkeypatch.setattr("builtins.input", press_enter)
     with pytest.raises(SystemExit, match="not ended; it is still paid for"):
         cluster.main(["down"])
     assert questions == [f"End cluster {one} (fruits) and what runs on it? [y/N] "]

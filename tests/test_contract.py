@@ -12,13 +12,10 @@ import pytest
 import yaml
 
 from bootstrap.parameters import flags
-from tests.conftest import ROOT
+from tests.helpers import PARAMS, PIPELINE, ROOT, SPARK_STAGES
 
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 LOCK = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
 STAGES = sorted({*PIPELINE} - {"runtime"})  # which describes a run, and is no file of stages/
-SPARK_STAGES = ["ingest", "featurize", "covariance", "reduce"]
 
 
 def command(stage: str) -> list[str]:

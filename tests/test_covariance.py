@@ -15,7 +15,7 @@ from stages.covariance import Moments
 
 N_FEATURES = 5
 # Both sides are float64 sums of some hundred numbers near 1, in another order: they differ by some 1e-15 of the largest.
-CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-11)
 
 Rows = tuple[np.ndarray, np.ndarray]  # fold, int32 (n,), and features, float32 (n, n_features)
 Row = tuple[int, bytes, bytes]  # n, mean and scatter
@@ -41,8 +41,8 @@ def oracle(features: np.ndarray) -> Moments:
 
 def assert_same(actual: Moments, expected: Moments) -> None:
     assert actual.n == expected.n
-    np.testing.assert_allclose(actual.mean, expected.mean, **CLOSE)
-    np.testing.assert_allclose(actual.scatter, expected.scatter, **CLOSE)
+    assert_close(actual.mean, expected.mean)
+    assert_close(actual.scatter, expected.scatter)
 
 
 def write(folder: Path, files: list[Rows]) -> str:

@@ -23,8 +23,7 @@ from moto.emr.responses import ElasticMapReduceResponse
 from bootstrap import remote, submit
 from bootstrap.aws import bucket, cloud, emr, serverless
 from tests.aws import BUCKET, REGION, SECRET, Aws, aws, keys
-from tests.conftest import ROOT, run
-from tests.test_pipeline import forget
+from tests.helpers import ROOT, forget, run
 
 SERVICES: dict[str, Any] = {"emr": emr.Cluster, "emr-serverless": serverless.Application}
 TARGETS = tuple(SERVICES)
@@ -304,7 +303,8 @@ def test_a_bootstrap_action_that_fails_is_told_with_the_address_of_its_log(
 
 
 def test_a_throttled_request_is_made_again(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, refused = ElasticMapReduceResponse.add_job_flow_steps, []
+    add = ElasticMapReduceResponse.add_job_flow_steps
+    refused: list[int] = []
 
     def throttled(self: Any) -> Any:
         if len(refused) < 2:

@@ -222,7 +222,7 @@ def test_predictions_have_each_tested_image_once(output: Path, images: pd.DataFr
 
 
 def test_predictions_name_the_nearest_image_of_the_other_fold(output: Path, images: pd.DataFrame, scale: str) -> None:
-    expected = {}
+    expected: dict[str, str] = {}
     for fold in (0, 1):
         train, test = split(images, fold)
         train_rows, test_rows = spaces(images, fold, 3, scale)["embedding"]
@@ -302,7 +302,7 @@ def hits(n_groups: int, n_images: int, features: float, by_k: dict[int, float], 
     """Whole groups that are recognised or not, with these chances: images of a group are no news of one another."""
     random = np.random.default_rng(seed)
     luck = random.random(n_groups)
-    rows = {each: np.repeat(luck < chance, n_images) for each, chance in {**by_k, "features": features}.items()}
+    rows = {each: np.repeat(luck < chance, n_images) for each, chance in [*by_k.items(), ("features", features)]}
     return pd.DataFrame(rows).assign(group=np.repeat(np.arange(n_groups), n_images))
 
 

@@ -31,13 +31,24 @@ from stages import featurize
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 8  # of the backbone's input, pixels
 N_FEATURES = 3
+PIXELS = {
+    "orientation": "upright",
+    "mode": "RGB",
+    "width": SIZE,
+    "height": SIZE,
+    "fit": "stretch",
+    "resampler": "Pillow",
+    "resampling": "bicubic",
+    "dtype": "uint8",
+}
+BACKBONE = {"input": "pixels:0", "output": "features:0", "n_features": N_FEATURES, "pixels": PIXELS}
 
 ImageBytes = Callable[..., bytes]
 
 
 @pytest.fixture(scope="session")
 def graph() -> bytes:
-    """A backbone whose features are the means of red, green and blue: of 64 whole numbers, so that float32 is exact."""
+    """Make a backbone whose features are the means of red, green and blue: of 64 whole numbers, so float32 is exact."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8, name="pixels")])
     def means(pixels: tf.Tensor) -> tf.Tensor:
@@ -49,7 +60,7 @@ def graph() -> bytes:
 
 @pytest.fixture(scope="session")
 def slow_graph() -> bytes:
-    """The same backbone, but a batch takes it a twentieth of a second."""
+    """Make the same backbone, but one that takes a twentieth of a second for a batch."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8, name="pixels")])
     def means(pixels: tf.Tensor) -> tf.Tensor:
@@ -68,14 +79,14 @@ def sha256(content: bytes) -> str:
 
 
 def means_of(content: bytes) -> list[float]:
-    """What the backbone must make of an image, by Pillow and NumPy alone."""
+    """Compute the features of an image by Pillow and NumPy alone."""
     image = Image.open(io.BytesIO(content)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     return np.asarray(image).mean(axis=(0, 1)).tolist()
 
 
 @pytest.fixture(scope="module")
 def contents(image_bytes: ImageBytes) -> list[bytes]:
-    """Nineteen distinct images: no multiple of a batch."""
+    """Make nineteen distinct images: no multiple of a batch."""
     return [image_bytes("PNG" if i % 2 else "JPEG", size=(10 + i, 9), seed=i) for i in range(19)]
 
 
@@ -89,13 +100,13 @@ def images_of(spark: SparkSession, contents: list[bytes]) -> DataFrame:
 
 def test_an_image_of_the_networks_size_keeps_its_pixels(image_bytes: ImageBytes) -> None:
     content = image_bytes("PNG", size=(SIZE, SIZE))
-    np.testing.assert_array_equal(featurize.to_pixels(content, SIZE), np.asarray(Image.open(io.BytesIO(content))))
+    np.testing.assert_array_equal(featurize.to_pixels(content, PIXELS), np.asarray(Image.open(io.BytesIO(content))))
 
 
 def test_pixels_are_red_green_blue_in_whole_numbers() -> None:
     file = io.BytesIO()
     Image.new("RGB", (20, 30), (200, 100, 0)).save(file, "PNG")
-    pixels = featurize.to_pixels(file.getvalue(), SIZE)
+    pixels = featurize.to_pixels(file.getvalue(), PIXELS)
     assert (pixels.shape, pixels.dtype) == ((SIZE, SIZE, 3), np.uint8)
     assert (pixels == [200, 100, 0]).all()
 
@@ -104,7 +115,7 @@ def test_the_whole_image_is_stretched_to_the_square() -> None:
     file, image = io.BytesIO(), Image.new("RGB", (80, 20), "white")
     image.paste("black", (40, 0, 80, 20))
     image.save(file, "PNG")
-    pixels = featurize.to_pixels(file.getvalue(), SIZE)
+    pixels = featurize.to_pixels(file.getvalue(), PIXELS)
     assert (pixels[:, :3] == 255).all()
     assert (pixels[:, 5:] == 0).all()
 
@@ -116,7 +127,36 @@ def test_resizing_is_the_bicubic_one_of_tensorflow(size: tuple[int, int]) -> Non
     Image.fromarray(grey).save(file, "PNG")
     exact = tf.image.resize(grey, (SIZE, SIZE), method="bicubic", antialias=True)
     # Pillow rounds to whole numbers twice, after the rows and after the columns; TensorFlow does not at all.
-    np.testing.assert_allclose(featurize.to_pixels(file.getvalue(), SIZE), exact, atol=1.5)
+    np.testing.assert_allclose(featurize.to_pixels(file.getvalue(), PIXELS), exact, atol=1.5)
+
+
+@pytest.mark.parametrize("resampling", ["nearest", "lanczos"])
+def test_pixels_are_of_the_size_and_the_resampling_that_are_asked_for(resampling: str, image_bytes: ImageBytes) -> None:
+    content = image_bytes("PNG", size=(30, 20))
+    expected = Image.open(io.BytesIO(content)).resize((7, 5), getattr(Image.Resampling, resampling.upper()))
+    wanted = PIXELS | {"width": 7, "height": 5, "resampling": resampling}
+    np.testing.assert_array_equal(featurize.to_pixels(content, wanted), np.asarray(expected))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fit": "crop"}, "fit is 'crop'; this stage knows stretch."),
+        ({"resampling": "area"}, "resampling is 'area'; this stage knows nearest, .*bicubic"),
+        ({"dtype": "float32"}, "dtype is 'float32'; this stage knows uint8."),
+        ({"mode": None}, "mode is None; this stage knows RGB."),
+        ({"crop": 0.875}, "crop is 0.875; this stage knows no such key."),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_pixels_that_it_cannot_make_end_the_run_in_one_line(change: dict[str, object], reason: str) -> None:
+    with pytest.raises(SystemExit, match=f"^featurize: backbone.json asks for pixels whose {reason}[^\n]*$"):
+        featurize.check_pixels(PIXELS | change)
+
+
+def test_a_description_without_pixels_ends_the_run() -> None:
+    with pytest.raises(SystemExit, match=r"pixels whose dtype is None; .* Run `dvc repro -f backbone`\."):
+        featurize.check_pixels({})
 
 
 # Where it runs
@@ -145,11 +185,11 @@ def test_half_precision_is_that_of_the_device(precision: str, gpus: list[str], e
 
 
 def compute(spark: SparkSession, images: DataFrame, graph: bytes, batch_size: int = 4) -> tuple[dict[str, list[float]], int]:
-    """The features by content_id, and the number of passes."""
+    """Compute the features by content_id, and count the passes."""
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", batch_size)  # as main does
     passes = spark.sparkContext.accumulator(0)
     network = spark.sparkContext.broadcast({"graph": graph})
-    rows = featurize.forward(images, network, SIZE, batch_size, "float32", passes).collect()
+    rows = featurize.forward(images, network, BACKBONE, batch_size, "float32", passes).collect()
     features = {row.content_id: row.features for row in rows}
     assert len(features) == len(rows)
     return features, passes.value
@@ -173,7 +213,7 @@ def test_a_pass_is_counted_for_each_image_and_none_for_padding(
 
 
 def test_features_are_float32(spark: SparkSession, graph: bytes, contents: list[bytes]) -> None:
-    features = featurize.load(graph, "float32", n_threads=1)(np.zeros((2, SIZE, SIZE, 3), np.uint8))
+    features = featurize.load(graph, BACKBONE, "float32", n_threads=1)(np.zeros((2, SIZE, SIZE, 3), np.uint8))
     assert (features.dtype, features.shape) == (np.float32, (2, N_FEATURES))
 
 
@@ -205,28 +245,36 @@ def test_only_what_is_not_computed_is_missing_and_only_once(spark: SparkSession)
 # Names of caches
 
 
-def fingerprint(graph_sha256: str = "ab" * 32, batch_size: int = 8, precision: str = "float32") -> str:
-    return featurize.fingerprint({"graph_sha256": graph_sha256}, batch_size, precision)
+DESCRIPTION = BACKBONE | {"graph_sha256": "ab" * 32}
+
+
+def fingerprint(batch_size: int = 8, precision: str = "float32", **change: object) -> str:
+    return featurize.fingerprint(DESCRIPTION | change, batch_size, precision)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"graph_sha256": "cd" * 32}, {"batch_size": 9}, {"precision": "bfloat16"}],
+    [
+        {"graph_sha256": "cd" * 32},
+        {"pixels": PIXELS | {"resampling": "lanczos"}},
+        {"output": "others:0"},
+        {"batch_size": 9},
+        {"precision": "bfloat16"},
+    ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_change_of_what_determines_features_changes_the_caches_name(change: dict[str, object]) -> None:
+def test_a_change_of_what_determines_features_changes_the_caches_name(change: dict[str, Any]) -> None:
     assert fingerprint(**change) != fingerprint()
 
 
 def test_the_caches_name_is_the_same_in_another_process() -> None:
-    code = "from stages.featurize import fingerprint; print(fingerprint({'graph_sha256': 'ab' * 32}, 8, 'float32'))"
+    code = f"from stages.featurize import fingerprint; print(fingerprint({DESCRIPTION}, 8, 'float32'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fingerprint()
 
 
 def test_what_the_backbone_is_called_does_not_change_the_caches_name() -> None:
-    named = featurize.fingerprint({"graph_sha256": "ab" * 32, "name": "other"}, 8, "float32")
-    assert named == fingerprint()
+    assert fingerprint(name="other") == fingerprint()
 
 
 # The cache
@@ -250,7 +298,7 @@ def ids_in(spark: SparkSession, cache: Path) -> str:
 
 def test_a_new_cache_is_empty(spark: SparkSession, tmp_path: Path) -> None:
     cache = open_cache(spark, tmp_path / "not" / "yet")
-    featurize.heal(spark, str(cache), N_FEATURES)
+    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
     assert cache.is_dir()
     assert ids_in(spark, cache) == ""
 
@@ -296,8 +344,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
-class Healed(NamedTuple):
-    """A cache of sound and damaged files, after heal."""
+class Dropped(NamedTuple):
+    """A cache of sound and damaged files, after drop_damaged_files."""
 
     files: dict[str, Path]
     sound: list[Path]
@@ -306,7 +354,7 @@ class Healed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def healed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Healed:
+def dropped(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Dropped:
     cache = open_cache(spark, tmp_path_factory.mktemp("cache"))
     featurize.append(computed(spark, "abc"), str(cache))
     sound = list(cache.rglob("*.parquet"))
@@ -320,30 +368,30 @@ def healed(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Hea
             files[name].with_name(f".{files[name].name}.crc").unlink()
     said = io.StringIO()
     with redirect_stderr(said):
-        featurize.heal(spark, str(cache), N_FEATURES)
-    return Healed(files, sound, said.getvalue(), ids_in(spark, cache))
+        featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
+    return Dropped(files, sound, said.getvalue(), ids_in(spark, cache))
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_removed(name: str, healed: Healed) -> None:
-    assert not healed.files[name].exists()
+def test_a_damaged_file_is_removed(name: str, dropped: Dropped) -> None:
+    assert not dropped.files[name].exists()
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_named_on_stderr(name: str, healed: Healed) -> None:
-    assert f"{healed.files[name]} is damaged; its features are computed again" in healed.said
+def test_a_damaged_file_is_named_on_stderr(name: str, dropped: Dropped) -> None:
+    assert f"{dropped.files[name]} is damaged; its features are computed again" in dropped.said
 
 
 def test_an_empty_file_is_passed_over(spark: SparkSession, tmp_path: Path) -> None:
     cache = open_cache(spark, tmp_path)
     (cache / "part.parquet").write_bytes(b"")
-    featurize.heal(spark, str(cache), N_FEATURES)
+    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
     assert ids_in(spark, cache) == ""
 
 
-def test_a_sound_file_is_kept(healed: Healed) -> None:
-    assert all(file.exists() for file in healed.sound)
-    assert healed.ids == "abc"
+def test_a_sound_file_is_kept(dropped: Dropped) -> None:
+    assert all(file.exists() for file in dropped.sound)
+    assert dropped.ids == "abc"
 
 
 @pytest.mark.parametrize("name", ["with spaces", "a%20b+c#ü"])
@@ -351,7 +399,7 @@ def test_a_damaged_file_is_removed_whatever_the_folders_letters(name: str, spark
     cache = open_cache(spark, tmp_path / name)
     damaged = cache / "part.parquet"
     damaged.write_bytes(b"garbage")
-    featurize.heal(spark, str(cache), N_FEATURES)
+    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
     assert not damaged.exists()
 
 
@@ -362,7 +410,7 @@ def test_what_a_killed_run_was_just_writing_is_passed_over(
     half = cache / "run" / "_temporary" / "0" / "task" / "part-00000.parquet"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"PAR1")
-    featurize.heal(spark, str(cache), N_FEATURES)
+    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
     assert ids_in(spark, cache) == ""
     assert capsys.readouterr().err == ""
 
@@ -376,18 +424,12 @@ def test_a_task_without_images_leaves_nothing_that_is_called_damaged(
         featurize.append(
             work.select("content_id", F.lit([1.0, 2.0, 3.0]).cast("array<float>").alias("features")), str(cache)
         )
-    featurize.heal(spark, str(cache), N_FEATURES)
+    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
     assert capsys.readouterr().err == ""
 
 
-class Passes:
-    """An accumulator that is counted up by nobody."""
-
-    value = 25
-
-
-def test_progress_says_how_far_and_how_long(capsys: pytest.CaptureFixture[str]) -> None:
-    with featurize.progress(Passes(), 100, every=0.5):
+def test_progress_says_how_far_and_how_long(spark: SparkSession, capsys: pytest.CaptureFixture[str]) -> None:
+    with featurize.progress(spark.sparkContext.accumulator(25), 100, every=0.5):
         time.sleep(0.7)
     first = capsys.readouterr().out.splitlines()[0]
     said = re.fullmatch(r"featurize: 25 of 100 images, ([\d.]+) a second, (\d+) s left", first)
@@ -396,8 +438,8 @@ def test_progress_says_how_far_and_how_long(capsys: pytest.CaptureFixture[str]) 
     assert float(said[2]) == pytest.approx(75 / float(said[1]), abs=0.6)
 
 
-def test_progress_is_quiet_before_its_time(capsys: pytest.CaptureFixture[str]) -> None:
-    with featurize.progress(Passes(), 100, every=60):
+def test_progress_is_quiet_before_its_time(spark: SparkSession, capsys: pytest.CaptureFixture[str]) -> None:
+    with featurize.progress(spark.sparkContext.accumulator(25), 100, every=60):
         time.sleep(0.05)
     assert capsys.readouterr().out == ""
 
@@ -406,13 +448,13 @@ def test_progress_is_quiet_before_its_time(capsys: pytest.CaptureFixture[str]) -
 
 
 class Workplace:
-    """A folder of images, and what the stages make of it."""
+    """A folder of images, and the outputs of the stages that run on it."""
 
     def __init__(self, folder: Path, graph: bytes) -> None:
         self.folder, self.images = folder, folder / "images"
         (folder / "backbone").mkdir()
         (folder / "backbone" / "graph.pb").write_bytes(graph)
-        description = {"name": "means", "graph_sha256": sha256(graph), "image_size": SIZE, "n_features": N_FEATURES}
+        description = {"name": "means", "graph_sha256": sha256(graph), **BACKBONE}
         (folder / "backbone" / "backbone.json").write_text(json.dumps(description))
 
     def add(self, path: str, content: bytes) -> None:
@@ -421,9 +463,10 @@ class Workplace:
 
     def start(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
         settings = {"FEATURE_CACHE": str(self.folder / cache), "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": "local[2]"}
-        command = [sys.executable, ROOT / "bootstrap" / "submit.py", ROOT / "stages" / stage, *arguments]
+        settings["PYTHONPATH"] = str(ROOT)
+        door = [sys.executable, "-m", "bootstrap.submit", "spark-submit"]
         return subprocess.Popen(
-            command,
+            [*door, ROOT / "stages" / stage, *arguments],
             cwd=self.folder,
             env=os.environ | settings,
             stdout=subprocess.PIPE,
@@ -454,19 +497,19 @@ class Workplace:
 
 
 class Run(NamedTuple):
-    """What featurize wrote and said."""
+    """The files that a run of featurize wrote, and its messages."""
 
     files: dict[str, bytes]
     stdout: str
     stderr: str
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         return [row for _, content in sorted(self.files.items()) for row in pq.read_table(io.BytesIO(content)).to_pylist()]
 
 
 @pytest.fixture(scope="module")
 def runs(graph: bytes, contents: list[bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Runs of the stage, one after another, on a delivery that changes."""
+    """Run the stage several times, on a delivery that changes."""
     place = Workplace(tmp_path_factory.mktemp("place"), graph)
     for i, content in enumerate(contents[:18]):
         place.add(f"{'Apple' if i % 3 else 'Pear'}/{i}.img.{'png' if i % 2 else 'jpg'}", content)
@@ -562,7 +605,7 @@ N_KILLED = 4800  # images, ten tasks: each of four killed runs ends two of them,
 
 
 def victims(submit: psutil.Process) -> dict[str, psutil.Process]:
-    """The processes of a run of featurize: submit, jvm, driver and one worker."""
+    """Find the processes of a run of featurize: submit, jvm, driver and one worker."""
     named = {"submit": submit}
     for process in submit.children(recursive=True):
         with suppress(psutil.Error):  # it has just ended

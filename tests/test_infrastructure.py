@@ -16,7 +16,7 @@ from moto.cloudformation.models import ChangeSet
 from moto.ec2.models.route_tables import RouteTable
 
 from bootstrap.aws import cloud, infrastructure, residency
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SETTINGS = cloud.settings()
 REGION = SETTINGS["region"]

@@ -14,7 +14,7 @@ import pytest
 
 from bootstrap import job
 from bootstrap.job import Job
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 def test_canonicalize_makes_equal_tables_equal_files(tmp_path: Path) -> None:

@@ -11,10 +11,8 @@ import yaml
 from dvc.parsing import interpolate
 
 from bootstrap import parameters, submit
-from tests.conftest import ROOT
+from tests.helpers import PARAMS, PIPELINE, ROOT
 
-PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
-PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 NUMBERS = [
     (stage, name)
     for stage, section in PARAMS.items()

@@ -1,14 +1,12 @@
 """The whole pipeline on few images, as a stranger runs it: dvc in a fresh clone, without a git identity."""
 
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import run
-from tests.test_contract import SPARK_STAGES
+from tests.helpers import SPARK_STAGES, forget, run
 
 pytestmark = pytest.mark.slow
 
@@ -39,19 +37,6 @@ def test_two_runs_at_once_share_a_cache_and_write_the_same_bytes(clone: Path, tm
     assert "Running stage 'featurize'" in two
     one, two = (yaml.safe_load((folder / "dvc.lock").read_text())["stages"]["featurize"] for folder in folders)
     assert one == two
-
-
-def forget(clone: Path) -> None:
-    """Delete what Spark's stages wrote, and every trace of how it was made."""
-    for name in (
-        ".dvc/cache",
-        ".dvc/tmp/feature-cache",
-        "data/ingested",
-        "data/features",
-        "data/covariance",
-        "data/reduced",
-    ):
-        shutil.rmtree(clone / name, ignore_errors=True)  # a run on EMR keeps its features elsewhere
 
 
 @pytest.mark.parametrize("master", ["local[1]", "local-cluster[2,1,1024]"])

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 ENGLISH, FRENCH = ((ROOT / name).read_text() for name in ("README.md", "README.fr.md"))
 BLOCK = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)

@@ -1,6 +1,7 @@
 """Facts about the principal component analysis of stages/reduce.py; scikit-learn is the oracle."""
 
 import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sklearn.decomposition
-from pyspark.sql import Row, SparkSession
+from pyspark.sql import SparkSession
 from sklearn.preprocessing import StandardScaler
 
 from stages import reduce
@@ -19,9 +20,9 @@ from tests.helpers import moments_of
 N_IMAGES, N_FEATURES = 90, 6
 # The oracle takes the singular values of the data, the stage the eigenvalues of its covariance: of 16 digits the second
 # way keeps half for the smallest values in the worst case, and 11 or more with values as near to each other as here.
-CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 # An embedding is rounded to float32, which has 7 digits; the largest here are near 50.
-CLOSE_FLOAT32 = {"rtol": 1e-5, "atol": 1e-5}
+assert_close_float32 = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 
 def random_features(n: int = N_IMAGES, seed: int = 0) -> np.ndarray:
@@ -75,19 +76,18 @@ def write_features(folder: Path, features: np.ndarray, n_files: int) -> str:
     return str(folder)
 
 
-def rows_of(folds: list[np.ndarray]) -> list[Row]:
+def rows_of(folds: list[np.ndarray]) -> list[dict[str, int | bytes]]:
     """Rows of MOMENTS."""
     return [
-        Row(fold=fold, n=n, mean=mean.tobytes(), scatter=scatter[np.tril_indices(len(mean))].tobytes())
+        {"fold": fold, "n": n, "mean": mean.tobytes(), "scatter": scatter[np.tril_indices(len(mean))].tobytes()}
         for fold, (n, mean, scatter) in enumerate(map(moments_of, folds))
     ]
 
 
 def write_moments(path: Path, folds: list[np.ndarray]) -> str:
-    rows = [row.asDict() for row in rows_of(folds)]
     fields = [("fold", pa.int32()), ("n", pa.int64()), ("mean", pa.binary()), ("scatter", pa.binary())]
     path.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), path / "part-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(rows_of(folds), pa.schema(fields)), path / "part-00000.parquet")
     return str(path)
 
 
@@ -104,26 +104,27 @@ def own_settings(spark: SparkSession) -> Iterator[None]:
     before = {name: spark.conf.get(name) for name in names}
     yield
     for name, value in before.items():
+        assert value is not None
         spark.conf.set(name, value)
 
 
 @pytest.mark.parametrize("scale", ["none", "standard"])
 def test_variances_are_those_of_scikit_learn(scale: str) -> None:
     oracle, _ = fit_oracle(random_features(), scale)
-    np.testing.assert_allclose(fit(random_features(), scale).explained_variance, oracle.explained_variance_, **CLOSE)
+    assert_close(fit(random_features(), scale).explained_variance, oracle.explained_variance_)
 
 
 @pytest.mark.parametrize("scale", ["none", "standard"])
 def test_ratios_are_those_of_scikit_learn(scale: str) -> None:
     oracle, _ = fit_oracle(random_features(), scale)
     spectrum = reduce.spectrum_of(fit(random_features(), scale).explained_variance)
-    np.testing.assert_allclose(spectrum["explained_variance_ratio"], oracle.explained_variance_ratio_, **CLOSE)
+    assert_close(spectrum["explained_variance_ratio"], oracle.explained_variance_ratio_)
 
 
 @pytest.mark.parametrize("scale", ["none", "standard"])
 def test_components_are_those_of_scikit_learn_with_the_largest_weight_positive(scale: str) -> None:
     oracle, _ = fit_oracle(random_features(), scale)
-    np.testing.assert_allclose(fit(random_features(), scale).components, largest_positive(oracle.components_), **CLOSE)
+    assert_close(fit(random_features(), scale).components, largest_positive(oracle.components_))
 
 
 @pytest.mark.parametrize("scale", ["none", "standard"])
@@ -132,7 +133,7 @@ def test_embeddings_are_those_of_scikit_learn_up_to_sign(scale: str) -> None:
     oracle, rows = fit_oracle(features, scale)
     pca = fit(features, scale)
     signs = np.sign(np.sum(pca.components * oracle.components_, axis=1))
-    np.testing.assert_allclose(embed(features, pca, 4), (oracle.transform(rows) * signs)[:, :4], **CLOSE_FLOAT32)
+    assert_close_float32(embed(features, pca, 4), (oracle.transform(rows) * signs)[:, :4])
 
 
 def test_more_features_than_images_agree_with_scikit_learn() -> None:
@@ -140,8 +141,8 @@ def test_more_features_than_images_agree_with_scikit_learn() -> None:
     oracle, _ = fit_oracle(features, "none")
     pca = fit(features)
     assert pca.rank == 3
-    np.testing.assert_allclose(pca.explained_variance[:3], oracle.explained_variance_[:3], **CLOSE)
-    np.testing.assert_allclose(pca.components[:3], largest_positive(oracle.components_[:3]), **CLOSE)
+    assert_close(pca.explained_variance[:3], oracle.explained_variance_[:3])
+    assert_close(pca.components[:3], largest_positive(oracle.components_[:3]))
 
 
 def test_components_are_orthonormal() -> None:
@@ -249,8 +250,8 @@ def test_without_scaling_features_are_divided_by_one() -> None:
 def test_standard_scaling_makes_the_unit_of_a_feature_irrelevant() -> None:
     features = random_features()
     pca, other = fit(features, "standard"), fit(features * np.array([1, 8, 1, 0.25, 1, 1024], np.float32), "standard")
-    np.testing.assert_allclose(other.explained_variance, pca.explained_variance, **CLOSE)
-    np.testing.assert_allclose(other.components, pca.components, **CLOSE)
+    assert_close(other.explained_variance, pca.explained_variance)
+    assert_close(other.components, pca.components)
 
 
 def test_a_count_of_components_is_kept_as_it_is() -> None:
@@ -349,12 +350,13 @@ def test_each_row_is_projected_as_numpy_does_whatever_the_number_of_partitions(
     folder = write_features(tmp_path / "features", features, n_files=4)
     mean, scale, components = np.arange(6.0), np.arange(1.0, 7.0), np.random.default_rng(1).normal(size=(3, N_FEATURES))
     files = spark.read.format("binaryFile").load(f"{folder}/*.parquet").select("path", "content")
-    projected = reduce.project_files(files.repartition(n_partitions), mean, scale, components).orderBy("image_id").toPandas()
+    projection = reduce.project_files(files.repartition(n_partitions), mean, scale, components)
+    projected: pd.DataFrame = projection.orderBy("image_id").toPandas()
     expected = ((features - mean) / scale) @ components.T
     assert projected.columns.tolist() == ["image_id", "path", "label", "embedding"]
     assert projected["image_id"].tolist() == [f"{i:064x}" for i in range(N_IMAGES)]
     assert projected["path"].tolist() == [f"apple/{i:03x}.jpg" for i in range(N_IMAGES)]
-    np.testing.assert_allclose(np.stack(projected["embedding"]), expected, **CLOSE_FLOAT32)
+    assert_close_float32(np.stack(projected["embedding"]), expected)
 
 
 def test_a_file_without_rows_has_no_embeddings(spark: SparkSession, tmp_path: Path) -> None:
@@ -390,7 +392,7 @@ def test_main_writes_a_model_that_gives_its_embeddings(
     scaled = (random_features() - scaling["mean"].to_numpy()) / scaling["scale"].to_numpy()
     embeddings = read(f"{output}/embeddings", "image_id")
     expected = scaled @ np.stack(components["weights"]).T
-    np.testing.assert_allclose(np.stack(embeddings["embedding"]), expected, **CLOSE_FLOAT32)
+    assert_close_float32(np.stack(embeddings["embedding"]), expected)
 
 
 @pytest.mark.usefixtures("own_settings")
@@ -402,7 +404,7 @@ def test_main_keeps_the_whole_spectrum_and_of_components_the_share_asked_for(
     oracle, _ = fit_oracle(random_features(), "none")
     k = int(np.searchsorted(oracle.explained_variance_ratio_.cumsum(), 0.9)) + 1
     spectrum, components = read(f"{output}/model/spectrum", "component"), read(f"{output}/model/components", "component")
-    np.testing.assert_allclose(spectrum["explained_variance"], oracle.explained_variance_, **CLOSE)
+    assert_close(spectrum["explained_variance"], oracle.explained_variance_)
     assert components["component"].tolist() == list(range(1, k + 1))
     pd.testing.assert_frame_equal(components.drop(columns="weights"), spectrum[:k])
 

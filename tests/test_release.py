@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import PYTHON, ROOT
+from tests.helpers import PYTHON, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = {"requirements.txt": "constraints.txt", "requirements-dev.txt": "constraints-dev.txt"}
@@ -23,7 +23,9 @@ def entries(name: str) -> list[str]:
 
 def pin(entry: str) -> str:
     """An entry's name and version, as in `ruamel-yaml==0.19.1`."""
-    name, version = re.match(r"([\w.-]+)(?:\[\w+\])?==([^\s;]+)", entry).groups()
+    found = re.match(r"([\w.-]+)(?:\[\w+\])?==([^\s;]+)", entry)
+    assert found is not None, entry
+    name, version = found.groups()
     return f"{re.sub(r'[-_.]+', '-', name).lower()}=={version}"
 
 

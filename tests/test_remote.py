@@ -15,7 +15,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tests.conftest import PYTHON, run
+from tests.helpers import PYTHON, run
 
 pytestmark = pytest.mark.slow
 

@@ -22,8 +22,7 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from reports import report
-from tests.conftest import ROOT
-from tests.helpers import make_images, run_evaluate, write, write_inputs
+from tests.helpers import ROOT, make_images, run_evaluate, write, write_inputs
 
 CHARTS = [title for plot in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for title in plot]
 
@@ -83,7 +82,9 @@ class Elements(HTMLParser):
 
 
 def charts_in(page: str) -> dict[str, Any]:
-    return json.loads(re.search(r"^const charts = (.*);$", page, re.MULTILINE)[1])
+    written = re.search(r"^const charts = (.*);$", page, re.MULTILINE)
+    assert written is not None
+    return json.loads(written[1])
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bootstrap import java, job, local, submit
-from tests.conftest import ROOT
-from tests.helpers import make_archive
+from tests.helpers import ROOT, make_archive
 
 SUBMIT = [sys.executable, "-m", "bootstrap.submit", "spark-submit"]
 # A root without .dvc: an archive of the few classes that these stages need would be of little use to the real ones.

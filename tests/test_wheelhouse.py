@@ -15,7 +15,7 @@ import pytest
 from moto import mock_aws
 
 from bootstrap.aws import cloud, residency, wheelhouse
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SETTINGS = cloud.settings()
 RELEASE = SETTINGS["cluster"]["ReleaseLabel"]
