@@ -1,9 +1,10 @@
 """covariance: number, mean and scatter matrix of the features of each fold, in one pass.
 
-usage: covariance.py FEATURES OUTPUT --max_blocks 16
+usage: covariance.py FEATURES SPLIT OUTPUT --max_blocks 16
 
-reads   FEATURES  files of FEATURES
-writes  OUTPUT    MOMENTS, one row for each fold
+reads   FEATURES      files of FEATURES
+        SPLIT/images  IMAGES
+writes  OUTPUT        MOMENTS, one row for each fold
 
 Every PCA of the collection, of a fold or of the whole, of any number of components and any scaling, follows from these few
 numbers; no image or feature is looked at again.
@@ -28,10 +29,11 @@ from threadpoolctl import threadpool_limits
 
 FEATURES = T.StructType(
     [
-        T.StructField("fold", T.IntegerType()),
+        T.StructField("image_id", T.StringType()),
         T.StructField("features", T.ArrayType(T.FloatType())),
     ]
 )
+IMAGES = T.StructType([T.StructField("image_id", T.StringType()), T.StructField("fold", T.IntegerType())])
 MOMENTS = T.StructType(
     [
         T.StructField("fold", T.IntegerType()),
@@ -57,22 +59,32 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     spark = (
         SparkSession.builder.appName("covariance")
+        .config("spark.sql.execution.arrow.pyspark.enabled", True)
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # a row is a whole file, or a matrix
         .config("spark.sql.files.maxPartitionBytes", 1)  # a partition is a file
         .config("spark.sql.adaptive.enabled", False)
         .getOrCreate()
     )
     files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet")
+    image_ids, folds = read_folds(spark.read.format("binaryFile").load(f"{args.split}/images/*.parquet"))
     written = Observation()
     (
-        merge_blocks(sum_blocks(files, args.max_blocks))
+        merge_blocks(sum_blocks(files, image_ids, folds, args.max_blocks))
         .observe(written, F.sum("n").alias("images"), F.count("fold").alias("folds"))
         .write.parquet(args.output)
     )
     print(f"covariance: {written.get['images']:,} images in {written.get['folds']} folds")
 
 
-def sum_blocks(files: DataFrame, max_blocks: int) -> DataFrame:
+def read_folds(files: DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Read the fold of each distinct image: its image_id, bytes, rising, and its fold, int8, both of shape (n_images,)."""
+    contents: Any = files.select("content").toPandas()  # as files: to take rows one by one takes Spark seconds more
+    table = pa.concat_tables(pq.read_table(pa.py_buffer(content), columns=IMAGES.names) for content in contents["content"])
+    image_ids, first = np.unique(np.array(table["image_id"].to_pylist(), "S64"), return_index=True)
+    return image_ids, table["fold"].to_numpy()[first].astype(np.int8)
+
+
+def sum_blocks(files: DataFrame, image_ids: np.ndarray, folds: np.ndarray, max_blocks: int) -> DataFrame:
     """PARTIAL, one row for each fold of each block of files; each file is a partition.
 
     A block is some partitions in a row, summed up in their order. Spark puts larger files first, equal ones by name, and how
@@ -81,23 +93,37 @@ def sum_blocks(files: DataFrame, max_blocks: int) -> DataFrame:
     multiply them.
     """
     n_blocks = min(max_blocks, math.ceil(len(files.inputFiles()) / FILES))
+    shared = files.sparkSession.sparkContext.broadcast((image_ids, folds))
+
+    def sum_files(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        block = cast(TaskContext, TaskContext.get()).partitionId()
+        total: dict[int, Moments] = {}
+        with threadpool_limits(1):
+            for content in (content for batch in batches for content in batch["content"]):
+                table = pq.read_table(pa.py_buffer(content.as_buffer()), columns=FEATURES.names, use_threads=False)
+                fold = look_up(np.array(table["image_id"].to_pylist(), "S64"), *shared.value)
+                features = to_matrix(table["features"])
+                for each in np.unique(fold).tolist():
+                    part = moments_of(features[fold == each])
+                    total[each] = merge(total[each], part) if each in total else part
+        for each, moments in total.items():
+            yield to_batch({"block": block, "fold": each}, moments, PARTIAL)
+
     return files.select("content").coalesce(n_blocks).mapInArrow(sum_files, PARTIAL)
 
 
-def sum_files(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """The moments of a block: content of files to rows of PARTIAL."""
-    block = cast(TaskContext, TaskContext.get()).partitionId()
-    total: dict[int, Moments] = {}
-    with threadpool_limits(1):
-        for content in (content for batch in batches for content in batch["content"]):
-            table = pq.read_table(pa.py_buffer(content.as_buffer()), columns=FEATURES.names, use_threads=False)
-            fold = table["fold"].to_numpy()
-            features = to_matrix(table["features"])
-            for each in np.unique(fold):
-                part = moments_of(features[fold == each])
-                total[each] = merge(total[each], part) if each in total else part
-    for each, moments in total.items():
-        yield to_batch({"block": block, "fold": each}, moments, PARTIAL)
+def look_up(wanted: np.ndarray, image_ids: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Find the folds of the wanted images.
+
+    Raises
+    ------
+    ValueError
+        an image has none
+    """
+    places = np.searchsorted(image_ids, wanted).clip(max=len(image_ids) - 1)
+    if len(wanted) and not (is_there := image_ids[places] == wanted).all():
+        raise ValueError(f"{np.sum(~is_there)} of {len(wanted)} images have no fold; the first is {wanted[~is_there][0]}")
+    return folds[places]
 
 
 def merge_blocks(partial: DataFrame) -> DataFrame:
@@ -173,6 +199,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("features")
+    parser.add_argument("split")
     parser.add_argument("output")
     parser.add_argument("--max_blocks", type=between(int, 1, 4096), required=True, help="partial sums, at most")
     return parser.parse_args(argv)

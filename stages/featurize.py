@@ -41,15 +41,14 @@ IMAGES = T.StructType(
         T.StructField("image_id", T.StringType()),
         T.StructField("path", T.StringType()),
         T.StructField("label", T.StringType()),
-        T.StructField("group", T.StringType()),
-        T.StructField("fold", T.IntegerType()),
+        T.StructField("film", T.StringType()),
         T.StructField("content_id", T.StringType()),  # SHA-256 of content
         T.StructField("content", T.BinaryType()),  # JPEG or PNG, upright RGB
     ]
 )
 FEATURES = T.StructType(
     [
-        *IMAGES.fields[:5],
+        *IMAGES.fields[:4],
         T.StructField("features", T.ArrayType(T.FloatType())),  # n_features of them
     ]
 )

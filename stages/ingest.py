@@ -1,6 +1,6 @@
 """ingest: a folder of labelled photographs, every one decoded and checked, packed into a few Parquet files.
 
-usage: ingest.py SOURCE OUTPUT --group_pattern REGEX --fold_pattern REGEX --max_pixels N ...
+usage: ingest.py SOURCE OUTPUT --group_pattern REGEX --max_pixels N ...
 
 reads   SOURCE             any tree of images; the folder that holds a file is its label
 writes  OUTPUT/images      IMAGES, sorted by image_id and path within a file
@@ -37,8 +37,7 @@ IMAGES = T.StructType(
         T.StructField("image_id", T.StringType()),  # SHA-256 of the file's bytes, hexadecimal
         T.StructField("path", T.StringType()),  # relative to SOURCE
         T.StructField("label", T.StringType()),  # name of the folder that holds the file
-        T.StructField("group", T.StringType()),  # views of one object from one side; image_id where names say nothing
-        T.StructField("fold", T.IntegerType()),  # 0 or 1; a group is never in both
+        T.StructField("film", T.StringType()),  # of which it is a frame, by its name; null where that says nothing
         T.StructField("width", T.IntegerType()),  # pixels, upright
         T.StructField("height", T.IntegerType()),
         T.StructField("thumbnail", T.BinaryType()),  # 16 x 16 RGB pixels, row by row, 768 bytes
@@ -97,7 +96,6 @@ def main(argv: list[str] | None = None) -> None:
         max_bytes=args.max_file_mb * 2**20,
         max_pixels=args.max_pixels,
         group_pattern=args.group_pattern,
-        fold_pattern=args.fold_pattern,
     )
     quarantine = inspected.where("reason IS NOT NULL").select(*QUARANTINE.names)
     quarantine.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/quarantine")
@@ -167,7 +165,6 @@ def inspect_files(
     max_bytes: int,
     max_pixels: int,
     group_pattern: str,
-    fold_pattern: str,
 ) -> DataFrame:
     """INSPECTED, one row for each of the paths: an image, or the reason why it is none."""
 
@@ -187,14 +184,12 @@ def inspect_files(
             if content is None:
                 raise Refused("unreadable", "cannot be opened")
             image_id = hashlib.sha256(content).hexdigest()
-            group, fold = provenance(image_id, label, name, group_pattern, fold_pattern)
             image, content = decode(content, max_pixels)
         except Refused as refused:
             return row | {"reason": refused.reason, "detail": refused.detail}
         return row | {
             "image_id": image_id,
-            "group": group,
-            "fold": fold,
+            "film": film_of(label, name, group_pattern),
             "width": image.width,
             "height": image.height,
             "thumbnail": image.resize(THUMBNAIL, Image.Resampling.BOX).tobytes(),
@@ -326,16 +321,10 @@ def what_else(content: bytes) -> str:
     return f"starts with {content[:16]!r}"
 
 
-def provenance(image_id: str, label: str, name: str, group_pattern: str, fold_pattern: str) -> tuple[str, int]:
-    """The group and the fold of an image, by its file's name.
-
-    Where the name does not match group_pattern nothing is known: the image is a group of its own, and half of such images
-    are in either fold, by their SHA-256.
-    """
+def film_of(label: str, name: str, group_pattern: str) -> str | None:
+    """Name the film that a photograph is a frame of, by its label and what the pattern's groups match in its file's name."""
     match = re.search(group_pattern, name)
-    if match is None:
-        return image_id, int(image_id[0], 16) % 2
-    return "/".join([label, *(part or "" for part in match.groups())]), int(bool(re.search(fold_pattern, name)))
+    return "/".join([label, *(part or "" for part in match.groups())]) if match else None
 
 
 def regex(text: str) -> str:
@@ -365,7 +354,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source")
     parser.add_argument("output")
     parser.add_argument("--group_pattern", type=regex, required=True, help="regular expression for a file's name")
-    parser.add_argument("--fold_pattern", type=regex, required=True, help="a file whose name matches is in fold 1")
     parser.add_argument(
         "--max_pixels", type=between(int, 1, 2**31 - 1), required=True, help="width x height of an image, at most"
     )

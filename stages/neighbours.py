@@ -1,6 +1,6 @@
 """neighbours: find the images nearest to each image, all against all.
 
-usage: neighbours.py FEATURES OUTPUT
+usage: neighbours.py FEATURES OUTPUT --n_neighbours 6
 
 reads   FEATURES           files of FEATURES
 writes  OUTPUT/sketches    SKETCHES, a row for each row of FEATURES, sorted by image_id and path within a file
@@ -13,7 +13,7 @@ each block of rows. All against all takes time that grows with the square of the
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,6 @@ NEIGHBOURS = T.StructType(
 )
 N_COMPONENTS = 64
 N_SAMPLE = 8192  # distinct images, about, that the components are fitted on
-N_NEIGHBOURS = 6
 SPARE = 4  # neighbours found in float32, of which float64 chooses
 ROWS, COLUMNS = 1024, 16384  # of a matrix of similarities, at once
 IMAGES_PER_FILE = 16384
@@ -80,9 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     spark.conf.unset("spark.sql.files.maxPartitionBytes")
     images: Any = spark.read.parquet(f"{args.output}/sketches").select("image_id", "sketch").toPandas()
     images = images.drop_duplicates("image_id").sort_values("image_id", ignore_index=True)
-    neighbours = find_neighbours(spark, images).repartition(n_files, "image_id").sortWithinPartitions("image_id")
+    neighbours = (
+        find_neighbours(spark, images, args.n_neighbours).repartition(n_files, "image_id").sortWithinPartitions("image_id")
+    )
     neighbours.write.parquet(f"{args.output}/neighbours")
-    print(f"neighbours: {N_NEIGHBOURS} of each of {len(images):,} distinct images")
+    print(f"neighbours: {args.n_neighbours} of each of {len(images):,} distinct images")
 
 
 def count(files: DataFrame) -> int:
@@ -149,7 +150,7 @@ def sketch_files(files: DataFrame, mean: np.ndarray, components: np.ndarray) -> 
     return files.select("content").mapInArrow(sketch_all, SKETCHES)
 
 
-def find_neighbours(spark: SparkSession, images: pd.DataFrame) -> DataFrame:
+def find_neighbours(spark: SparkSession, images: pd.DataFrame, n_neighbours: int) -> DataFrame:
     """NEIGHBOURS, one row for each image (image_id, sketch), in blocks of ROWS that no number of tasks changes."""
     sketches = np.frombuffer(b"".join(images["sketch"]), np.float32).reshape(len(images), -1)
     shared = spark.sparkContext.broadcast((sketches, images["image_id"].to_numpy(str)))
@@ -161,15 +162,15 @@ def find_neighbours(spark: SparkSession, images: pd.DataFrame) -> DataFrame:
         with threadpool_limits(1):
             for block in (block for batch in batches for block in batch["id"].to_pylist()):
                 start, stop = block * ROWS, min((block + 1) * ROWS, len(ids))
-                found, distances = nearest(sketches, start, stop)
+                found, distances = nearest(sketches, start, stop, n_neighbours)
                 names = [ids[start:stop].tolist(), ids[found].tolist(), distances.tolist()]
                 yield pa.RecordBatch.from_pydict(dict(zip(schema.names, names, strict=True)), schema=schema)
 
     return spark.range(0, n_blocks, 1, min(n_blocks, MAX_TASKS)).mapInArrow(search, NEIGHBOURS)
 
 
-def nearest(sketches: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the N_NEIGHBOURS images nearest to each of some rows, fewer where there are fewer others.
+def nearest(sketches: np.ndarray, start: int, stop: int, n_neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the n_neighbours images nearest to each of some rows, fewer where there are fewer others.
 
     Parameters
     ----------
@@ -178,10 +179,10 @@ def nearest(sketches: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np
 
     Returns
     -------
-    row numbers and distances, (stop - start, N_NEIGHBOURS), by rising distance, then by number
+    row numbers and distances, (stop - start, n_neighbours), by rising distance, then by number
     """
     queries, n_rows = sketches[start:stop], stop - start
-    n_kept = min(N_NEIGHBOURS + SPARE, len(sketches) - 1)
+    n_kept = min(n_neighbours + SPARE, len(sketches) - 1)
     best = np.full((n_rows, n_kept), -np.inf, np.float32)
     numbers = np.zeros((n_rows, n_kept), np.int64)
     for first in range(0, len(sketches), COLUMNS):
@@ -203,7 +204,7 @@ def nearest(sketches: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np
         kept = order[starts[:, None] + np.arange(n_kept)]
         best, numbers = value[kept], number[kept]
     exact = np.linalg.norm(queries[:, None].astype(np.float64) - sketches[numbers], axis=2).astype(np.float32)
-    order = np.lexsort((numbers, exact))[:, :N_NEIGHBOURS]
+    order = np.lexsort((numbers, exact))[:, :n_neighbours]
     return np.take_along_axis(numbers, order, 1), np.take_along_axis(exact, order, 1)
 
 
@@ -224,12 +225,25 @@ def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
     return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1)
 
 
+def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
+    """Make a parser of numbers of that kind, from low to high, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= high:  # false for NaN too
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return value
+
+    return number
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("features")
     parser.add_argument("output")
+    parser.add_argument("--n_neighbours", type=between(int, 1, 1000), required=True, help="of each image")
     return parser.parse_args(argv)
 
 
