@@ -25,9 +25,9 @@ run: .venv/run identity ## images to features, PCA and its metrics; only what ch
 report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their runs beside this one's
 	@python -m reports.report $(REPORT) $(REVISIONS)
 
-compare: .venv/run ## whether this run and that of REV (or REVS="a b") are the same, but for rounding, or different from which stage on
-	@test -n "$(REV)$(REVS)" || { echo 'compare: say with which run: make compare REV=HEAD (a commit, branch, experiment, or a folder)'; exit 1; }
-	@python -m reports.compare $(REV) $(REVS)
+compare: .venv/run ## whether this run and that of REV are the same, but for rounding; REV, OTHER: revision, experiment, folder
+	@test -n "$(REV)" || { echo 'compare: say with which run: make compare REV=HEAD'; exit 2; }
+	@python -m reports.compare $(REV) $(OTHER)
 
 experiments: .venv/run ## what was tried, side by side
 	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|reduce.k|reduce.scale)$$' --sort-by reduce.k

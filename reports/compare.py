@@ -276,7 +276,7 @@ def compare_covariance(a: Run, b: Run, path: str, tolerance: float) -> Iterator[
             if x.size != y.size:
                 yield True, f"numbers in {name} of fold {fold}: {x.size:,} | {y.size:,}"
             elif difference := relative(x, y):
-                text = f"{name} of fold {fold}: relative difference {difference:.1e} (rounding: {tolerance:.0e})"
+                text = f"{name} of fold {fold}: relative difference {difference:.1e} (rounding: up to {tolerance:.0e})"
                 yield exceeds(difference, tolerance), text
 
 
@@ -294,17 +294,17 @@ def compare_reduced(a: Run, b: Run, path: str, tolerance: float) -> Iterator[Fin
     for name in ("mean", "scale"):
         difference = relative(*(scaling[name].to_numpy() for scaling in scalings))
         if exceeds(difference, tolerance):
-            yield True, f"{name} of the features: relative difference {difference:.1e} (rounding: {tolerance:.0e})"
+            yield True, f"{name} of the features: relative difference {difference:.1e} (rounding: up to {tolerance:.0e})"
     largest = float(variances[0][0])
     moved = float(np.abs(variances[0] - variances[1]).max()) / largest
-    text = f"explained variance: difference {moved:.1e} of the largest at most (rounding: {tolerance:.0e})"
+    text = f"explained variance: up to {moved:.1e} of the largest apart (rounding: up to {tolerance:.0e})"
     yield exceeds(moved, tolerance), text
     # By so much a change of the covariance can turn the space, the more the less variance tells what is in it from what is
     # not (Davis and Kahan 1970, "The rotation of eigenvectors by a perturbation").
     k, most = sorted(map(len, spans))
     gap = variances[0][k - 1] - np.append(variances[0], 0.0)[most]
     turned, bound = float(subspace_angles(*(span.T for span in spans)).max()), tolerance * largest / max(gap, TINY)
-    text = f"largest angle between the principal subspaces: {turned:.1e} rad (rounding: {min(bound, math.pi / 2):.0e})"
+    text = f"largest angle between the principal subspaces: {turned:.1e} rad (rounding: up to {min(bound, math.pi / 2):.0e})"
     yield exceeds(turned, bound), text
     rows = join(a, b, f"{path}/embeddings", ["label"])
     yield from compare_rows(a, b, rows, ["label"])
@@ -356,7 +356,7 @@ def compare_rows(a: Run, b: Run, rows: pd.DataFrame, columns: list[str]) -> Iter
 def compare_predictions(rows: pd.DataFrame, columns: list[str]) -> Iterator[Finding]:
     for column in columns:
         if n_other := int((~equal(rows, column)).sum()):
-            text = f"other {column}: {n_other:,} of {n_shared(rows):,} (rounding: {FLIPS:.1%})"
+            text = f"other {column}: {n_other:,} of {n_shared(rows):,} (rounding: up to {FLIPS:.1%})"
             yield n_other > FLIPS * n_shared(rows), text
 
 
@@ -388,7 +388,7 @@ def compare_vectors(
     found = pd.Series(np.concatenate(differences), index=pd.concat(paths))
     is_more = exceeds(found.max(), tolerance)
     text = (
-        f"{name} of {len(found):,} images: relative difference {found.max():.1e} at most (rounding: {tolerance:.0e}), "
+        f"{name} of {len(found):,} images: relative difference {found.max():.1e} at most (rounding: up to {tolerance:.0e}), "
         f"{found.median():.1e} in the median; cosine {np.concatenate(cosines).min():.6f} at least"
     )
     yield is_more, text

@@ -17,7 +17,7 @@ import yaml
 from sklearn.decomposition import PCA
 
 from reports import compare
-from tests.conftest import run
+from tests.helpers import run
 
 N, N_FEATURES = 400, 6
 STAGES = list(compare.STAGES)
@@ -151,7 +151,7 @@ def test_features_that_differ_in_their_last_digits_are_the_same_but_for_rounding
 
 def test_differences_are_told_relative_to_the_norm(a: Path, b: Path, say: Say) -> None:
     change(b / "data/features", "features", lambda rows: rows * np.linspace(1, 0.99, N)[:, None].astype(np.float32))
-    assert "relative difference 1.0e-02 at most (rounding: 1e-04), 5.0e-03 in the median" in "\n".join(
+    assert "relative difference 1.0e-02 at most (rounding: up to 1e-04), 5.0e-03 in the median" in "\n".join(
         say(a, b).of("featurize")
     )
 
@@ -255,7 +255,7 @@ def test_from_the_same_features_moments_may_differ_in_the_last_digits_of_float64
     change(b / "data/covariance", "scatter", lambda rows: [(np.frombuffer(row) * (1 + share)).tobytes() for row in rows])
     said = say(a, b)
     assert said.of("covariance")[0] == level
-    assert f"scatter of fold 0: relative difference {share:.1e} (rounding: 1e-10)" in "\n".join(said.of("covariance"))
+    assert f"scatter of fold 0: relative difference {share:.1e} (rounding: up to 1e-10)" in "\n".join(said.of("covariance"))
 
 
 # Components
@@ -310,7 +310,9 @@ def test_another_k_is_different_though_one_space_holds_the_other(tmp_path: Path,
 @pytest.mark.parametrize("column", ["mean", "scale"])
 def test_another_scaling_is_different(a: Path, b: Path, say: Say, column: str) -> None:
     change(b / "data/reduced/model/scaling", column, lambda values: values * 1.001)
-    assert f"{column} of the features: relative difference 1.0e-03 (rounding: 1e-10)" in "\n".join(say(a, b).of("reduce"))
+    assert f"{column} of the features: relative difference 1.0e-03 (rounding: up to 1e-10)" in "\n".join(
+        say(a, b).of("reduce")
+    )
 
 
 # Predictions and metrics
@@ -320,7 +322,7 @@ def test_another_scaling_is_different(a: Path, b: Path, say: Say, column: str) -
 def test_one_prediction_in_two_hundred_may_change(a: Path, b: Path, say: Say, n_other: int, level: str) -> None:
     change(b / "data/baseline", PREDICTED[0], lambda labels: ["Pear"] * n_other + list(labels[n_other:]))
     said = say(a, b)
-    assert said.of("baseline") == [level, f"other {PREDICTED[0]}: {n_other} of 400 (rounding: 0.5%)"]
+    assert said.of("baseline") == [level, f"other {PREDICTED[0]}: {n_other} of 400 (rounding: up to 0.5%)"]
 
 
 @pytest.mark.parametrize(
