@@ -2,7 +2,7 @@
 
 usage: python -m reports.report INGESTED REDUCED EVALUATION OUTPUT [REVISION...]
 
-reads   INGESTED/images, INGESTED/quarantine, REDUCED/embeddings, EVALUATION
+reads   INGESTED/images, INGESTED/quarantine, SPLIT/images, REDUCED/embeddings, EVALUATION
         and, through DVC, the charts of dvc.yaml and the experiments of this commit
 writes  OUTPUT  HTML, whole in itself: it opens without a network
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     images = f"{args.ingested}/images"
 
     labels = one_of_each_label(images)
-    neighbours = nearest_of_some(images, args.reduced, predictions)
+    neighbours = nearest_of_some(args.split, args.reduced, predictions)
     pairs = confused_pairs(predictions)
     paths = {*labels["path"], *itertools.chain(*neighbours, *(pair["paths"] for pair in pairs))}
     templates = jinja2.Environment(
@@ -155,10 +155,10 @@ def one_of_each_label(images: str) -> pd.DataFrame:
     return grouped.to_pandas().rename(columns={"path_first": "path", "path_count": "n_images"})
 
 
-def nearest_of_some(images: str, reduced: str, predictions: pd.DataFrame) -> list[list[str]]:
+def nearest_of_some(split: str, reduced: str, predictions: pd.DataFrame) -> list[list[str]]:
     """Find the paths of QUERIES images of as many labels as can be, each with those of its NEIGHBOURS in the other fold."""
     tested = pc.field("path").isin(pa.array(predictions["path"], pa.string()))
-    folds = read(images, FOLDS, tested).to_pandas()
+    folds = read(f"{split}/images", FOLDS, tested).to_pandas()
     embeddings = read(f"{reduced}/embeddings", EMBEDDINGS, tested).to_pandas()
     rows = embeddings.merge(folds, on="path").sort_values(["image_id", "path"], ignore_index=True)
     firsts = rows.groupby("label").head(1).sort_values("label")
@@ -222,6 +222,7 @@ def experiments() -> list[list[str]]:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("ingested")
+    parser.add_argument("split")
     parser.add_argument("reduced")
     parser.add_argument("evaluation")
     parser.add_argument("output")

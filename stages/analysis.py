@@ -88,7 +88,7 @@ def rounded(value: Any) -> float:
 # Folds
 
 
-def split(sample: pd.DataFrame, test_fold: int) -> tuple[np.ndarray, np.ndarray]:
+def train_and_test(sample: pd.DataFrame, test_fold: int) -> tuple[np.ndarray, np.ndarray]:
     """Tell which rows of the sample (label, fold) train and which are tested: two bool arrays of shape (n_images,).
 
     Images whose label the other fold does not have cannot be recognised, and are in neither.

@@ -1,8 +1,8 @@
 """baseline: what the full features and raw pixels recognise, for the reduction to be measured against.
 
-usage: python -m stages.baseline INGESTED FEATURES OUTPUT --max_images 12000
+usage: python -m stages.baseline INGESTED FEATURES SPLIT OUTPUT --max_images 12000
 
-reads   INGESTED/images, FEATURES
+reads   INGESTED/images, FEATURES, SPLIT/images
 writes  OUTPUT  PREDICTIONS, one row for each image of the sample, by image_id
 
 All is trained on one fold and tested on the other, then the other way round; 16 x 16 raw pixels are the floor. Nothing of it
@@ -21,10 +21,21 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from stages.analysis import PREDICTED, RECOGNISERS, between, first_rows, in_both_folds, of_share, read, split, to_matrix
+from stages.analysis import (
+    PREDICTED,
+    RECOGNISERS,
+    between,
+    first_rows,
+    in_both_folds,
+    of_share,
+    read,
+    to_matrix,
+    train_and_test,
+)
 
 IMAGES = ("image_id", "thumbnail")
-FEATURES = ("image_id", "path", "label", "group", "fold", "features")
+FEATURES = ("image_id", "features")
+SPLIT = ("image_id", "path", "label", "group", "fold")
 PREDICTIONS = pa.schema(
     [
         ("image_id", pa.string()),
@@ -41,7 +52,7 @@ PREDICTIONS = pa.schema(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    sample, spaces = read_sample(args.ingested, args.features, args.max_images)
+    sample, spaces = read_sample(args.ingested, args.features, args.split, args.max_images)
     n_steps = len(spaces) * len(RECOGNISERS)
     folds = in_both_folds("baseline", n_steps, lambda fold, steps: predict_fold(sample, spaces, fold, steps))
     predictions = sample.join(pd.concat(folds))
@@ -54,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def predict_fold(sample: pd.DataFrame, spaces: dict[str, np.ndarray], test_fold: int, steps: tqdm) -> pd.DataFrame:
     """Predict the labels of one fold's images by what is trained on the other: PREDICTED, a row for each image tested."""
-    is_train, is_test = split(sample, test_fold)
+    is_train, is_test = train_and_test(sample, test_fold)
     predicted = pd.DataFrame(index=sample.index[is_test], columns=list(PREDICTED), dtype=object)
     if not is_test.any():
         return predicted
@@ -67,7 +78,9 @@ def predict_fold(sample: pd.DataFrame, spaces: dict[str, np.ndarray], test_fold:
     return predicted
 
 
-def read_sample(ingested: str, features_folder: str, max_images: int) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+def read_sample(
+    ingested: str, features_folder: str, split: str, max_images: int
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Read about max_images distinct images, chosen by SHA-256.
 
     Returns
@@ -79,15 +92,16 @@ def read_sample(ingested: str, features_folder: str, max_images: int) -> tuple[p
     chosen = of_share(max_images / max(n_rows, 1))
     table = read(features_folder, FEATURES, chosen)
     # One row for each distinct image: with a copy of it in the other fold, a nearest neighbour proves nothing.
-    rows = table.drop_columns("features").to_pandas().sort_values(["image_id", "path"]).drop_duplicates("image_id")
+    rows = read(f"{split}/images", SPLIT, chosen).to_pandas().sort_values(["image_id", "path"])
+    rows = rows.drop_duplicates("image_id", ignore_index=True)
     features = to_matrix(table["features"].combine_chunks().flatten().to_numpy(), len(table))
     thumbnails = read(f"{ingested}/images", IMAGES, chosen)
     pixels = to_matrix(np.frombuffer(b"".join(thumbnails["thumbnail"].to_pylist()), np.uint8), len(thumbnails))
     spaces = {
-        "features": features[rows.index],
+        "features": features[first_rows(table, rows["image_id"])],
         "pixels": pixels[first_rows(thumbnails, rows["image_id"])].astype(np.float32),
     }
-    return rows.reset_index(drop=True), spaces
+    return rows, spaces
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -96,6 +110,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("ingested")
     parser.add_argument("features")
+    parser.add_argument("split")
     parser.add_argument("output")
     parser.add_argument(
         "--max_images", type=between(int, 1, 10_000_000), required=True, help="images tested, about, at most"

@@ -1,8 +1,8 @@
 """evaluate: what the reduction costs, told by tests that do not flatter.
 
-usage: python -m stages.evaluate INGESTED FEATURES COVARIANCE BASELINE REDUCED OUTPUT --curve 2 4 8 16
+usage: python -m stages.evaluate INGESTED FEATURES SPLIT COVARIANCE BASELINE REDUCED OUTPUT --curve 2 4 8 16
 
-reads   INGESTED/quarantine, FEATURES, COVARIANCE, BASELINE, REDUCED
+reads   INGESTED/quarantine, FEATURES, SPLIT, COVARIANCE, BASELINE, REDUCED
 writes  OUTPUT/metrics.json     counts, explained variance, accuracies
         OUTPUT/summary.txt      the same for people
         OUTPUT/spectrum.csv     component, explained_variance_ratio, cumulative_explained_variance_ratio
@@ -54,11 +54,11 @@ from stages.analysis import (
     read,
     read_moments,
     rounded,
-    split,
     to_matrix,
+    train_and_test,
 )
 
-LABELLED = ("image_id", "label", "group")
+SPLIT = ("image_id", "label", "group", "fold")
 VECTORS = ("image_id", "features")
 BASELINE = ("image_id", "path", "label", "group", "fold", *PREDICTED)
 SPECTRUM = ("component", "explained_variance_ratio", "cumulative_explained_variance_ratio")
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     spectrum = read(f"{args.reduced}/model/spectrum", SPECTRUM).to_pandas()
     (settings,) = read(f"{args.reduced}/model/settings", SETTINGS).to_pylist()
     k, scale = settings["k"], settings["scale"]
-    images = read(args.features, LABELLED).to_pandas()
+    images = read(f"{args.split}/images", SPLIT).to_pandas()
     moments = read_moments(args.covariance)
     sample, features = read_sample(args.baseline, args.features)
 
@@ -135,7 +135,7 @@ def evaluate_fold(
     steps: tqdm,
 ) -> dict[str, Any] | None:
     """Measure on one fold what is fitted on the other; None where no image can be tested."""
-    is_train, is_test = split(sample, test_fold)
+    is_train, is_test = train_and_test(sample, test_fold)
     if not is_test.any():
         return None
     basis = fit_basis(moments[1 - test_fold], scale, max(k, *curve))
@@ -274,7 +274,7 @@ def summary(metrics: dict[str, Any], features: str, reduced: str) -> str:
         "",
     ]
     if "tested" not in metrics:
-        lines.append("No accuracy: the folds have no label in common, or one is empty; see fold_pattern in params.yaml.")
+        lines.append("No accuracy: the folds have no label in common, or one is empty; see docs/figures.md.")
     else:
         lines += [
             "Accuracy, trained on one fold and tested on the other   embedding   features   raw pixels",
@@ -295,6 +295,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("ingested")
     parser.add_argument("features")
+    parser.add_argument("split")
     parser.add_argument("covariance")
     parser.add_argument("baseline")
     parser.add_argument("reduced")

@@ -13,14 +13,14 @@ from PIL import Image
 from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
-from stages import covariance, featurize, ingest, reduce
+from stages import covariance, featurize, ingest, neighbours, reduce
 from tests.helpers import ROOT, run
 
 
 @pytest.fixture(scope="session")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkSession]:
     # A stage runs as __main__, whose functions travel to the workers by value; imported here, they would by name.
-    for stage in (ingest, featurize, covariance, reduce):
+    for stage in (ingest, featurize, neighbours, covariance, reduce):
         cloudpickle.register_pickle_by_value(stage)
     os.environ |= {
         "PYSPARK_PYTHON": sys.executable,

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = Path(sys.executable)
 PARAMS: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
 PIPELINE: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-SPARK_STAGES = ["ingest", "featurize", "covariance", "reduce"]
+SPARK_STAGES = ["ingest", "featurize", "neighbours", "covariance", "reduce"]
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -51,6 +51,8 @@ def forget(clone: Path) -> None:
         ".dvc/tmp/feature-cache",
         "data/ingested",
         "data/features",
+        "data/neighbours",
+        "data/split",
         "data/covariance",
         "data/reduced",
     ):
