@@ -92,7 +92,7 @@ def test_without_an_output_it_says_how_it_is_used() -> None:
 
 def test_an_unknown_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARK_TARGET", "moon")
-    with pytest.raises(SystemExit, match="'moon'; it can be local"):
+    with pytest.raises(SystemExit, match="'moon'; set it to one of local, emr, emr-serverless"):
         submit.main(["spark-submit", "stage.py", "in", "out"])
 
 
