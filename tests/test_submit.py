@@ -159,7 +159,7 @@ def test_an_archive_of_classes_in_any_state_changes_no_result(stage: Path, dvc_r
             archive.unlink()
             run(stage, "well", **dvc_root)
     done = run(stage, "well", **dvc_root)
-    (archive,) = stage.parent.glob(".dvc/tmp/*")
+    (archive,) = stage.parent.glob(".dvc/tmp/*.jsa")
     said = [line for line in done.stdout.splitlines() if "is written" not in line]
     size = archive.stat().st_size
     assert (done.returncode, said, done.stderr, size > 10**7) == (0, [], "", state != "damaged")
