@@ -1,10 +1,10 @@
-"""What this machine can do without Spark: one process, the frozen graph, and below it the arithmetic itself.
+"""Measure what this machine can do without Spark: one process with the frozen graph, and the arithmetic alone.
 
 usage: python -m benchmarks.bare IMAGES BACKBONE [--precision bfloat16] [--batch_size 8] [--n_images 1000] [--n_cores N]
 
-Each core has a network of its own, for which it decodes and resizes photographs, with the functions of the stage featurize.
-The limit is that of large products of matrices in each precision, on all cores. Prints one line of JSON: images a second
-(start-up apart), and GFLOP/s.
+Each core has a network of its own. It decodes and resizes photographs for it with the functions of the stage featurize. The
+arithmetic is large products of matrices in each precision, on all cores. Prints one line of JSON: images a second (start-up
+apart), and GFLOP/s.
 """
 
 import argparse
@@ -58,13 +58,13 @@ def main() -> None:
         for _ in pool.map(forward, batches):
             pass
     rate = len(contents) / (time.monotonic() - started)
-    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # this process has one thread for an operation
+    with ProcessPoolExecutor(1, get_context("spawn")) as apart:  # as this process has one thread for an operation
         limits = {dtype: round(apart.submit(gflops, dtype).result()) for dtype in ("float32", "bfloat16")}
     print(json.dumps({"images": len(contents), "images_per_second": round(rate, 2), "gflops_of_a_product": limits}))
 
 
 def load(graph: bytes, backbone: dict[str, Any], precision: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Load the network as featurize does, but with a thread of its own: sessions of one process share them otherwise."""
+    """Load the network as featurize does, but with threads of its own, which sessions of one process share by default."""
     import tensorflow as tf
 
     config = settings(precision, 1, ())
@@ -75,7 +75,7 @@ def load(graph: bytes, backbone: dict[str, Any], precision: str) -> Callable[[np
 
 
 def gflops(dtype: str) -> float:
-    """GFLOP/s of products of square matrices, all cores."""
+    """Measure GFLOP/s of products of square matrices, on all cores."""
     import tensorflow as tf
 
     a = tf.cast(tf.random.normal((SIDE, SIDE)), dtype)

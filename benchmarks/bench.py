@@ -1,13 +1,13 @@
-"""The pipeline against published scripts, the bare network and other PCAs, and as images, rows and executors grow.
+"""Measure the pipeline against published scripts, the bare network and other PCAs, and as images, rows and executors grow.
 
 usage: python -m benchmarks.bench IMAGES [--n_rounds N] [--only whole limit pca growth executors]
 
 IMAGES is a folder of JPEGs, a folder for each label. Both sides of a comparison run in turn, as many rounds as the section
-has (ROUNDS); let nothing else run meanwhile. Writes benchmarks/results.json, a section at a time, and from it the tables of
+has (ROUNDS). Let nothing else run meanwhile. Writes benchmarks/results.json, a section at a time, and from it the tables of
 docs/performance.md.
 
-whole      a clone of this repository and `dvc`, as a user has them, on all IMAGES with ResNet50 (random weights), and what
-           the user may wish next; benchmarks/field.py on two small parts, which give its seconds for the start and for each
+whole      a clone of this repository and `dvc`, as a user has them, on all IMAGES with ResNet50 (random weights), then what
+           a user runs next; benchmarks/field.py on two small parts, which give its seconds for the start and for each image
 limit      benchmarks/bare.py, and the stage featurize on the same number of images, start-up apart
 pca        covariance and reduce, benchmarks/field.py and scikit-learn in memory, on 22,688 rows of 2,048 random features
 growth     the whole by `dvc` from 1,000 to 20,000 images, ingest of up to 100,000 files, covariance and reduce of up to
@@ -45,9 +45,9 @@ RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 PRECISION = "bfloat16"
-PARTS = (80, 400)  # images that the field's script is timed on
+PARTS = (80, 400)  # images that benchmarks/field.py is timed on
 N_LIMIT = 2_000  # images of the bare loop
-N_EXECUTORS = 8_000  # of executors: their JVMs, which start cold, share the cores with the network
+N_EXECUTORS = 8_000  # of the section executors: their JVMs, which start cold, share the cores with the network
 GFLOP = 7.74  # of ResNet50 for an image of 224 x 224 pixels: two for each of its 3.87 billion products
 N_ROWS, N_FEATURES, K = 22_688, 2_048, 50
 GROWTH = {"photographs": (1_000, 20_000), "files": (10_000, 100_000), "rows": (10_000, 100_000, 1_000_000)}
@@ -73,9 +73,9 @@ def main() -> None:
             measured = SECTIONS[name](args.images, Path(folder), n_rounds)
         results[name] = {"machine": machine(), "rounds": n_rounds, **measured}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    # Figures of two processors do not belong on one page.
+    # The page must not mix figures of two processors.
     results = {name: section for name, section in results.items() if section["machine"] == machine()}
-    texts = {name: tables(section) for name, section in results.items()} | {"goals": goals(results)}
+    texts = {name: format_tables(section) for name, section in results.items()} | {"goals": format_goals(results)}
     page = PAGE.read_text()
     for name, text in texts.items():
         before, rest = page.split(f"<!-- {name} -->\n")
@@ -111,7 +111,7 @@ def whole(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         timed(seconds, "1 % more: dvc add", *DVC, "add", "-q", "data/photos", cwd=clone)
         timed(seconds, "1 % more", *DVC, "repro", cwd=clone)
         shutil.rmtree(clone)
-        # The script takes far longer: in all rounds but the last, so that it stands between two of the pipeline.
+        # The script takes far longer: it runs in all rounds but the last, so between two rounds of the pipeline.
         for name, flags in FIELD.items() if i < max(1, n_rounds - 1) else ():
             for n in PARTS:
                 command = (*spark_submit(), "benchmarks/field.py", folder / f"part-{n}", folder / "output", *flags)
@@ -173,7 +173,7 @@ def executors(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
 
 
 def prepare_featurize(images: Path, folder: Path, n_images: int) -> Callable[..., float]:
-    """What runs featurize with ResNet50 on `one` image or `some`, n_images, without a cache; it gives the seconds."""
+    """Return a function that runs featurize with ResNet50 on `one` image or `some` (n_images), uncached, and times it."""
     chosen = distinct_images(images, n_images)
     for which, n in (("one", 1), ("some", n_images)):
         copy_images(chosen[:n], images, folder / which / "images")
@@ -197,20 +197,20 @@ def prepare_featurize(images: Path, folder: Path, n_images: int) -> Callable[...
 
 
 def bare_loop(folder: Path, n_images: int, *flags: object) -> dict[str, Any]:
-    """What benchmarks/bare.py says of the images and the network that prepare_featurize has put there."""
+    """Run benchmarks/bare.py on the images and the network of prepare_featurize, and return what it prints."""
     places = (folder / "some/images", folder / "backbone")
     said = run(sys.executable, "-m", "benchmarks.bare", *places, "--precision", PRECISION, "--n_images", n_images, *flags)
     return json.loads(said.splitlines()[-1])
 
 
 def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
-    """Of ever more; for each size the seconds, and the MiB of each kind of process at its most."""
+    """Measure runs on ever more data: for each size the seconds, and the most MiB of each kind of process."""
     seconds: Seconds = {}
     memory: dict[str, dict[str, int]] = {}
 
     @contextmanager
     def measured(name: str) -> Iterator[None]:
-        with peaks() as most:
+        with watch_memory() as most:
             started = time.monotonic()
             yield
             seconds.setdefault(name, []).append(time.monotonic() - started)
@@ -327,7 +327,7 @@ network.save_weights(sys.argv[1])
 
 
 def spark_submit() -> list[str]:
-    """All cores, and the memory that the pipeline's driver has."""
+    """Return the command of spark-submit, with all cores and the memory of the pipeline's driver."""
     return [
         str(Path(sys.executable).with_name("spark-submit")),
         *("--master", "local[*]"),
@@ -344,7 +344,7 @@ def make_clone(place: Path) -> Path:
 
 
 def grow_images(images: Path, target: Path, n: int) -> None:
-    """The first n photographs, spread over all labels; if there are too few, mirrored ones too, of labels of their own."""
+    """Copy n photographs, spread over all labels; if there are too few, add mirrored ones with labels of their own."""
     paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     copy_images(paths[:: max(1, len(paths) // n)][:n], images, target)
     for path in paths[: max(0, n - len(paths))]:
@@ -355,7 +355,7 @@ def grow_images(images: Path, target: Path, n: int) -> None:
 
 
 def grow_files(images: Path, folder: Path) -> None:
-    """Folders files-N of N hard links to photographs each, ten thousand to a label."""
+    """Make folders files-N, each of N hard links to photographs, ten thousand to a label."""
     for n in GROWTH["files"]:
         few = distinct_images(images, min(n, N_LIMIT))
         for i in range(n):
@@ -370,8 +370,8 @@ def grow_files(images: Path, folder: Path) -> None:
 
 
 @contextmanager
-def peaks() -> Iterator[dict[str, int]]:
-    """MiB of the largest process of each kind, at its most, of all that this process starts: five looks a second."""
+def watch_memory() -> Iterator[dict[str, int]]:
+    """Yield the most MiB of a process of each kind among all that this process starts, measured five times a second."""
     most: dict[str, int] = {}
     done = threading.Event()
 
@@ -397,7 +397,7 @@ def peaks() -> Iterator[dict[str, int]]:
 
 
 def write_features(folder: Path, n_rows: int, n_features: int) -> None:
-    """A table as featurize writes it, of random features whose variance falls."""
+    """Write a table as featurize does, of random features whose variance falls."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     scale = (1 / np.arange(1, n_features + 1)).astype(np.float32)
@@ -417,13 +417,13 @@ def write_features(folder: Path, n_rows: int, n_features: int) -> None:
 
 
 def save_resnet50(path: Path) -> None:
-    """Random weights, of normalizations too: TensorFlow leaves out a bias of 0, and fuses nothing with what is not there."""
+    """Save random weights, of normalizations too: TensorFlow leaves out a bias of 0, and then has nothing to fuse."""
     path.parent.mkdir(parents=True, exist_ok=True)
     run(sys.executable, "-c", RESNET50, path)
 
 
 def run(*command: Any, cwd: Path = ROOT) -> str:
-    """What the command prints.
+    """Run the command, and return what it prints.
 
     Raises
     ------
@@ -448,7 +448,7 @@ def ratio(seconds: Seconds, one: str, other: str) -> float:
     return statistics.median(seconds[one]) / statistics.median(seconds[other])
 
 
-def tables(section: dict[str, Any]) -> str:
+def format_tables(section: dict[str, Any]) -> str:
     lines = ["| | seconds, median | least | most |", "|---|---|---|---|"]
     lines += [
         f"| {name} | {statistics.median(all_):.1f} | {min(all_):.1f} | {max(all_):.1f} |"
@@ -464,7 +464,7 @@ def tables(section: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def goals(results: dict[str, Any]) -> str:
+def format_goals(results: dict[str, Any]) -> str:
     here = machine()
     lines = [f"On {here['cores']} cores of {here['processor']} ({', '.join(here['instructions'])}):", ""]
     lines += ["| | goal | measured |", "|---|---|---|"]

@@ -1,14 +1,14 @@
-"""The job as published scripts do it, to measure against: one PySpark script, by the settings that most of them share.
+"""Do the job as published scripts do, for comparison: one PySpark script, with the settings that most of them share.
 
 usage: field.py IMAGES OUTPUT [--k 50] [--materialise]
        field.py --features FEATURES OUTPUT [--k 50]
 
 Images are read as binary files, shuffled into 20 partitions, and go through ResNet50 (pooled, weights broadcast) in an
 iterator of pandas series: Arrow batches of 1,024, `predict` in batches of 32, nothing cached. pyspark.ml's PCA is fitted,
-applied, and written as Parquet. With --materialise features are written first and read back, as the better ones do. With
+applied, and written as Parquet. With --materialise features are written first and read back, as better scripts do. With
 --features only the PCA is done, of a table of features.
 
-Weights are random, on which speed does not depend. Prints one line of JSON: images, passes of the network, seconds of each
+Weights are random; speed does not depend on them. Prints one line of JSON: images, passes of the network, seconds of each
 action.
 """
 

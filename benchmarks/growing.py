@@ -1,10 +1,10 @@
-"""What it costs that a collection grows a little: featurize and covariance, all anew against the new images only.
+"""Measure what a few new images cost: featurize and covariance on all images anew, against the new images only.
 
 usage: growing.py IMAGES [--backbone data/backbone] [--precision float32] [--n_images 10000] [--n_added 100] [--n_runs 2]
 
 IMAGES is a folder of photographs, a folder for each label, of at least n_images + n_added that differ. The backbone is the
 output of the stage of that name; run `make run` first. Runs the stages as DVC does, with the parameters of params.yaml, in
-turn:
+turn on:
 
 start-up   one image and an empty cache: what Spark and TensorFlow take before they work
 full       n_images and an empty cache
@@ -12,7 +12,7 @@ added      n_images + n_added and the cache that `full` left
 
 Writes to benchmarks/growing.json, under the backbone's name: seconds (median, least and most), passes of the backbone, and
 the ratio of medians that counts, (added - start-up) / (full - start-up). For covariance it writes what its one pass takes,
-and whether sums that are brought up to date are the sums of a fresh pass, to the last bit.
+and how far updated sums differ from the sums of a fresh pass.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
         for i in range(args.n_runs):
             full, one = folder / f"full-{i}", folder / "one"
             measure("full", folder, args.backbone, full, params, runs)
-            for _ in range(N_SHORT):  # many times: a second more or less matters
+            for _ in range(N_SHORT):  # several times: here one second matters
                 copy = shutil.copytree(full, folder / "copy")
                 measure("added", folder, args.backbone, copy, params, runs)
                 measure("start-up", folder, args.backbone, one, params, runs)
@@ -67,9 +67,9 @@ def main() -> None:
         results = {
             "machine": machine(),
             "precision": args.precision,
-            "featurize": {run: {"passes": runs[run][0]["passes"], **spread(runs[run], "seconds")} for run in RUNS},
+            "featurize": {run: {"passes": runs[run][0]["passes"], **summarize(runs[run], "seconds")} for run in RUNS},
             "ratio": round((seconds["added"] - seconds["start-up"]) / (seconds["full"] - seconds["start-up"]), 4),
-            "covariance": {run: spread(runs[run], "covariance") for run in RUNS},
+            "covariance": {run: summarize(runs[run], "covariance") for run in RUNS},
             "sums": compare_sums(folder / "full/features", folder / "added/features"),
         }
     file = ROOT / "benchmarks/growing.json"
@@ -91,7 +91,7 @@ def measure(
 
 
 def submit(folder: Path, stage: str, *places_and_flags: Any, **environment: str) -> tuple[str, float]:
-    """What the stage said, and its seconds from start to end."""
+    """Run a stage through the door, and return what it printed and its seconds from start to end."""
     *places, section = places_and_flags
     command = [
         sys.executable,
@@ -112,11 +112,19 @@ def submit(folder: Path, stage: str, *places_and_flags: Any, **environment: str)
 
 
 def distinct_images(folder: Path, n: int) -> list[Path]:
-    """The first n images that differ, by SHA-256: those of any prefix are spread over all labels."""
+    """Return the first n images that differ, sorted by SHA-256: so those of any prefix are spread over all labels.
+
+    Raises
+    ------
+    SystemExit
+        the folder has fewer
+    """
     by_hash = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in folder.rglob("*.*") if path.is_file()}
     images = [path for _, path in sorted(by_hash.items()) if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
     if len(images) < n:
-        raise SystemExit(f"growing: {folder} has {len(images):,} images that differ; {n:,} are needed")
+        raise SystemExit(
+            f"growing: {folder} has {len(images):,} images that differ, and {n:,} are needed: give a larger folder"
+        )
     return images[:n]
 
 
@@ -127,13 +135,13 @@ def copy_images(images: list[Path], source: Path, target: Path) -> None:
         shutil.copy(image, place)
 
 
-def spread(runs: list[dict[str, float]], key: str) -> dict[str, float]:
+def summarize(runs: list[dict[str, float]], key: str) -> dict[str, float]:
     values = [run[key] for run in runs]
     return {"median": round(statistics.median(values), 1), "least": round(min(values), 1), "most": round(max(values), 1)}
 
 
 def compare_sums(old: Path, all_: Path) -> dict[str, float]:
-    """Scatter matrices of the whole, in one pass, and as the old one's with the new rows merged in."""
+    """Compare the scatter matrix of all rows in one pass with that of the old rows with the new ones merged in."""
     before = set(ds.dataset(old, format="parquet").to_table(["image_id"])["image_id"].to_pylist())
     table = ds.dataset(all_, format="parquet").to_table(["image_id", "features"])
     is_old = np.array([each in before for each in table["image_id"].to_pylist()])
@@ -147,7 +155,7 @@ def compare_sums(old: Path, all_: Path) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, and which instructions it has of those that a network's speed hangs on."""
+    """Return the processor, its cores, and those of its instructions on which a network's speed depends."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     model = re.search(r"model name\s*: (.*)", text)

@@ -1,1 +1,1 @@
-"""How a stage is run, here or elsewhere; `aws` is what only Amazon's services need."""
+"""Run stages, on this machine or elsewhere; `aws` holds what only Amazon's services need."""

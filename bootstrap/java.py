@@ -1,6 +1,6 @@
-"""The Java that Spark runs on: whether it is there, and an archive of Spark's classes that makes it start faster.
+"""Check the Java that Spark needs, and keep an archive of Spark's classes, with which Spark starts faster.
 
-usage: python -m bootstrap.java    says nothing if this machine can run Spark, else what to install
+usage: python -m bootstrap.java    prints nothing if this machine can run Spark, else what to install
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VERSIONS = (17, 21)  # what Spark 4.0 runs on
+VERSIONS = (17, 21)  # of Java that Spark 4.0 runs on
 
 
 def check_java() -> str:
-    """Ask Java for its version, and return what it says.
+    """Check the version of Java, and return what `java -version` prints.
 
     Raises
     ------
     SystemExit
-        there is none, or Spark does not run on it
+        there is no Java, or Spark does not run on its version
     """
     java = Path(os.environ["JAVA_HOME"], "bin", "java") if os.environ.get("JAVA_HOME") else "java"
     wanted = f"Spark needs Java {' or '.join(map(str, VERSIONS))}"
@@ -42,18 +42,18 @@ def check_java() -> str:
 
 @contextmanager
 def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
-    """Yield the JVM options that share an archive of Spark's classes, which load in seconds less; the first run makes it.
+    """Yield the JVM options that load Spark's classes from an archive, which saves seconds; the first run makes it.
 
-    It is for one Java (by what it says of its version) and one Spark. The JVM itself looks whether the archive fits,
-    and does without where not.
+    An archive is for one Spark and one Java, known by what `java -version` prints. The JVM itself checks whether it fits,
+    and ignores it if not. Where no archive can be made, the options are empty.
     """
     spec = importlib.util.find_spec("pyspark")
     home = environment.get("SPARK_HOME") or Path(str(spec and spec.origin)).parent
     jars = Path(home, "jars")
     folder = Path(environment.get("DVC_ROOT", ROOT), ".dvc").resolve()
-    # The JVM that writes it would fail with a folder in the class path, which these may add, or on a full disk.
-    refused = any(environment.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
-    if refused or not jars.is_dir() or not os.access(folder, os.W_OK) or " " in str(folder):
+    # The JVM fails to write an archive with a folder in the class path, which these may add, or on a full disk.
+    has_folders = any(environment.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
+    if has_folders or not jars.is_dir() or not os.access(folder, os.W_OK) or " " in str(folder):
         yield ""
         return
     (folder / "tmp").mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What a run of a stage has in common wherever it runs: its command line, its lock, its output, digests of files."""
+"""Define what every run of a stage shares, wherever it runs: its command line, its lock, its output, digests of files."""
 
 import fcntl
 import hashlib
@@ -17,7 +17,7 @@ PART = re.compile(r"(?:^|/)part-\d+[^/]*\.parquet$")  # as Spark names it
 
 
 class Job(NamedTuple):
-    """One stage's command line: the program that runs it, its file, its places, its parameters."""
+    """Hold the parts of a stage's command line: program, file, inputs, output, flags."""
 
     program: str  # one of PROGRAMS
     stage: str
@@ -27,32 +27,32 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The stage's name, which its file has."""
+        """Return the stage's name, which is that of its file."""
         return Path(self.stage).stem
 
     @property
     def words(self) -> list[str]:
-        """The command line as dvc.yaml has it."""
+        """Return the command line as it stands in dvc.yaml."""
         return [self.program, self.stage, *self.inputs, self.output, *self.flags]
 
 
 class Outcome(NamedTuple):
-    """How a job ended."""
+    """Say how a job ended."""
 
-    status: int  # 0 if well
-    # Called once the output is published: where, cores, seconds of work, and what it cost (see runtime.record).
+    status: int  # the exit status; 0 if the job ended well
+    # Called once the output is published; returns what the run took (see runtime.record).
     settle: Callable[[], Mapping[str, Any]]
-    message: str = ""  # why it ended badly, for people
+    message: str = ""  # why the job failed, for people
 
 
 class Runner(Protocol):
-    """What runs jobs: this machine, or a service elsewhere."""
+    """Run jobs, on this machine or by a service elsewhere."""
 
     def command(self, job: Job) -> list[str]:
-        """The command that would run the job."""
+        """Return the command that would run the job."""
 
     def run(self, job: Job, partial: Path, lock: int) -> Outcome:
-        """Run the job, which writes to `partial` instead of its output.
+        """Run the job, which writes to `partial` instead of its output, and return how it ended.
 
         Parameters
         ----------
@@ -62,7 +62,7 @@ class Runner(Protocol):
 
 @contextmanager
 def workplace(job: Job) -> Iterator[tuple[Path, int]]:
-    """Yield the path that the job writes to, beside its output and not there yet, and the lock that keeps others away."""
+    """Yield the path that the job writes to, beside its output and not existing yet, and the lock of the folder."""
     partial = sibling(job.output, "partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     with lock_folder(partial.parent) as lock:
@@ -75,8 +75,8 @@ def workplace(job: Job) -> Iterator[tuple[Path, int]]:
 def lock_folder(folder: Path) -> Iterator[int]:
     """Wait until no other run works in the folder, then keep others waiting.
 
-    Yields the lock's file descriptor. A process that inherits it holds the lock too: when this process is killed, the
-    stage that it started goes on, and no other may write the same files meanwhile.
+    Yields the lock's file descriptor. A process that inherits it holds the lock too. When this process is killed, the
+    stage that it started goes on, and until it ends no other run may write the same files.
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
@@ -93,21 +93,30 @@ def lock_folder(folder: Path) -> Iterator[int]:
 
 
 def publish(job: Job, partial: Path, is_sound: bool) -> None:
-    """Rename what the job wrote to its output, if it ended well; if not, keep apart those tables that are whole."""
+    """Rename what the job wrote to its output. If the job failed, keep those tables that are whole in OUTPUT.failed.
+
+    Raises
+    ------
+    SystemExit
+        the job ended well, but wrote nothing
+    """
     failed = sibling(job.output, "failed")
     tables = [marker.parent for marker in partial.rglob("_SUCCESS")]
     for table in tables:
         canonicalize(table)
     if is_sound:
         if not partial.exists():
-            raise SystemExit(f"submit: {job.name} ended well but wrote no {job.output}; the earlier one is left as it was")
+            raise SystemExit(
+                f"submit: {job.name} ended with status 0 but wrote no {job.output}; the earlier one is left as it was. "
+                "The stage must write to its last positional argument."
+            )
         remove(Path(job.output))
         partial.rename(job.output)
     elif tables:
         for table in tables:
             (failed / table.relative_to(partial)).parent.mkdir(parents=True, exist_ok=True)
             table.rename(failed / table.relative_to(partial))
-        print(f"submit: the tables that were whole when it failed are in {failed}", file=sys.stderr)
+        print(f"submit: {job.name} failed; its tables that are whole are in {failed}", file=sys.stderr)
     remove(partial)
 
 
@@ -126,19 +135,18 @@ def sibling(output: str, suffix: str) -> Path:
 
 
 def published_name(part: str) -> str:
-    """Strip Spark's random name from a part's: what is left is such as part-00000.parquet."""
+    """Strip the random part of the name that Spark gives a file: what is left is like part-00000.parquet."""
     return re.sub(r"(part-\d+)[^/]*$", r"\1.parquet", part)
 
 
 def canonicalize(table: Path) -> None:
-    """Leave nothing in a table's folder but its parts, with bytes and names that follow from their rows alone.
+    """Write a table's parts again, with bytes and names that follow from their rows alone, and delete all else there.
 
-    parquet-java writes some lists of a footer in the order of identity hashes, so that equal tables differ by a few bytes
-    (apache/parquet-java 3215), and names its version. Written again by pyarrow, a table is the same file whatever Spark
-    it came from.
+    parquet-java names its version in a footer, and orders some lists there by identity hashes. So equal tables differ by
+    a few bytes (apache/parquet-java 3215). Written again by pyarrow, a table is the same file for every Spark.
     """
-    # Arrow's usual allocator keeps some 40 MiB of each part that is written again; this one gives them back. It is chosen
-    # when Arrow is imported, which is slow, and which stages without Spark do not need.
+    # Arrow's usual allocator keeps some 40 MiB of each part that is written again; jemalloc returns them. Arrow reads this
+    # variable when it is imported. The import is slow, and stages without Spark do not need it.
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "jemalloc")
     import pyarrow.parquet as pq
 
@@ -156,12 +164,12 @@ def canonicalize(table: Path) -> None:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """Find each file below the folder: its path by the same path relative to the folder, sorted."""
+    """Find the files below the folder: each path by the same path relative to the folder, sorted."""
     return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def digest_of_files(files: Mapping[str, Path]) -> str:
-    """Hash the names and the contents of files, as files_of gives them."""
+    """Hash the names and the contents of files, as files_of returns them: SHA-256, hexadecimal."""
     with ThreadPoolExecutor() as pool:
         return digest_of(f"{name} {content}" for name, content in zip(files, pool.map(sha256, files.values()), strict=True))
 

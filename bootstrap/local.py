@@ -16,17 +16,18 @@ from bootstrap.job import Job, Outcome, Runner
 
 BOOTSTRAP = Path(__file__).resolve().parent
 LOGGING = (BOOTSTRAP / "log4j2.properties").as_uri()
-# Greetings of Java and of TensorFlow that no log level silences; and 64 components of 2,048 features make a task of 1 MB.
+# Start-up messages of Java and TensorFlow that no log level silences, and Spark's warning of large tasks: that of reduce,
+# with 64 components of 2,048 features, is 1 MB.
 NOISE = re.compile(
     rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f"
     rb"|contains a task of very large size"
 )
 HINTS = {
     b"No space left on device": "the disk is full: free some space, or set SPARK_LOCAL_DIRS (for Spark's files) or "
-    "FEATURE_CACHE to another",
+    "FEATURE_CACHE to a folder on another disk",
     b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
-    b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out; "
-    "SPARK_MASTER=local[N], with N fewer than there are cores, needs less",
+    b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out: "
+    "set SPARK_MASTER=local[N], with N less than the number of cores",
 }
 
 
@@ -58,13 +59,13 @@ class Machine:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose name Spark would take for a pattern."""
+    """Refuse a folder whose name Spark would read as a pattern of names, by SystemExit."""
     if any(letter in str(folder) for letter in "[]{}*?\\"):
-        raise SystemExit(f"submit: Spark takes {folder} for a pattern; rename the folder, without [ ] {{ }} * ? \\")
+        raise SystemExit(f"submit: Spark would read {folder} as a pattern: rename the folder, without [ ] {{ }} * ? \\")
 
 
 def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
-    """The command line of spark-submit that runs the job on this machine."""
+    """Return the command line of spark-submit that runs the job on this machine."""
     root = environment.get("DVC_ROOT", ".")  # DVC's experiments in temporary folders share the cache of their origin
     settings = {
         "spark.featurize.cache": environment.get("FEATURE_CACHE", f"{root}/.dvc/tmp/feature-cache"),
@@ -75,8 +76,8 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
         *("--master", environment.get("SPARK_MASTER", "local[*]")),
         *("--properties-file", str(BOOTSTRAP / "spark-defaults.conf")),
         *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY", f"{memory_mb() // 4}m")),
-        # The JVM only moves rows; its optimizing compiler takes half of two cores and pays after the stage has ended. Its
-        # usual collector makes every store dearer so as to pause less, which nobody waits for here.
+        # The JVM only moves rows. Its optimizing compiler takes half of two cores, and pays only after the stage has ended.
+        # Its default collector pauses less, for which each store to memory is slower; pauses do not matter here.
         *("--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"),
         *(part for key, value in settings.items() for part in ("--conf", f"{key}={value}")),
         job.stage,
@@ -87,10 +88,10 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
 
 
 def spark_environment(environment: Mapping[str, str], options: str = "") -> dict[str, str]:
-    """The environment of spark-submit and its children: options of the JVM, logging, this Python, UTF-8 names of files."""
+    """Return the environment of spark-submit and its children: JVM options, logging, this Python, file names in UTF-8."""
     given = environment.get("SPARK_SUBMIT_OPTS", "")
     own = {
-        "SPARK_CONF_DIR": "/nonexistent",  # it heads the class path; an archive of classes bears no folder there
+        "SPARK_CONF_DIR": "/nonexistent",  # first in the class path, where an archive of classes allows no folder
         "SPARK_SUBMIT_OPTS": f"{given} -Dlog4j2.configurationFile={LOGGING} {options}".strip(),
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
@@ -105,12 +106,13 @@ def spark_environment(environment: Mapping[str, str], options: str = "") -> dict
 
 
 def call(command: list[str], environment: Mapping[str, str], lock: int, is_filtered: bool) -> int:
-    """Run the command, and end it with all its children when this process is told to end.
+    """Run the command and return its exit status; end it with all its children when this process is told to end.
 
     Parameters
     ----------
     lock : file descriptor that the command inherits
-    is_filtered : pass its output on without NOISE, and add HINTS; else it writes, and draws progress bars, by itself
+    is_filtered : if true, pass its output on without NOISE, and add HINTS; if not, it writes to the terminal itself, for
+        its progress bars
     """
     process = subprocess.Popen(
         command,
@@ -120,7 +122,7 @@ def call(command: list[str], environment: Mapping[str, str], lock: int, is_filte
         start_new_session=True,
         pass_fds=[lock],
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is Ctrl-C, also where that is ignored
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts like Ctrl-C, also where that is ignored
     hints: set[str] = set()
     try:
         if is_filtered:
@@ -141,8 +143,8 @@ def call(command: list[str], environment: Mapping[str, str], lock: int, is_filte
 
 
 def pass_on(output: BinaryIO) -> set[str]:
-    """Write what comes, but for noise, to stdout; return the hints that it gives rise to."""
-    # Whole lines where they are kept; on a terminal as they come, for Spark's progress bar ends none.
+    """Copy the output to stdout without NOISE, and return the HINTS whose signs are in it."""
+    # Into a file by lines; to a terminal by bytes as they come, as Spark's progress bar ends no line.
     read = output.read1 if sys.stdout.isatty() else output.readline  # type: ignore[attr-defined]
     hints = set()
     while chunk := read():
@@ -154,7 +156,7 @@ def pass_on(output: BinaryIO) -> set[str]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and its children, whatever state they are in."""
+    """End the process and its children, in any state: by SIGTERM, then by SIGKILL."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -166,7 +168,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def memory_mb() -> int:
-    """MiB of memory of this machine, or of the container it runs in."""
+    """Return the memory of this machine, or of the container it runs in, in MiB."""
     n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()) != "max":

@@ -1,7 +1,7 @@
 """Check params.yaml before anything is computed: a wrong number in the last stage must not be found after an hour.
 
-Each stage checks its own section when it parses its command line. Here the first stage that runs has the others do so: those
-whose section differs from the one that dvc.lock holds, which a run has accepted before.
+Each stage checks its own section when it parses its command line. Before a stage runs, the others are made to do so too, if
+their section differs from the one in dvc.lock, which an earlier run has accepted.
 """
 
 import shlex
@@ -22,15 +22,15 @@ importlib.import_module(sys.argv[1]).parse_args(sys.argv[2:])
 
 
 def check(running: str) -> None:
-    """Have the stages parse their sections of params.yaml, but for the one that is running, which does so itself.
+    """Let the stages parse their sections of params.yaml, except the running one, which does so itself.
 
     Raises
     ------
     SystemExit
-        with a line for each section that its stage refuses
+        stages refuse their sections; with a line for each
     """
     if not Path("dvc.yaml").exists():
-        return  # a stage by itself, not one of a pipeline
+        return  # a single stage, not one of a pipeline
     parsers = {
         name: subprocess.Popen([sys.executable, "-c", PARSE, *words], stderr=subprocess.PIPE, text=True)
         for name, words in changed_commands()
@@ -43,7 +43,7 @@ def check(running: str) -> None:
 
 
 def changed_commands() -> Iterator[tuple[str, list[str]]]:
-    """Name, and module with command line, of each stage whose section is not the one in dvc.lock."""
+    """Yield the name, and the module with its command line, of each stage whose section is not the one in dvc.lock."""
     pipeline, sections, accepted = (load(name) for name in ("dvc.yaml", "params.yaml", "dvc.lock"))
     for name, stage in pipeline["stages"].items():
         section = sections.get(name)
@@ -55,7 +55,7 @@ def changed_commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def flags(section: Mapping[str, Any]) -> list[str]:
-    """Make of a section what DVC makes of it, where dvc.yaml says ${section}."""
+    """Convert a section of params.yaml to flags, as DVC does for ${section} in dvc.yaml."""
     words = []
     for key, value in section.items():
         if value is not False:

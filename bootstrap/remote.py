@@ -1,9 +1,9 @@
 """Run a stage on Spark by a service elsewhere, on copies of its inputs, and bring its output back.
 
-A run there is named by the digest of all that it depends on. A call that was cut off (connection lost, laptop closed) is
-taken up by the same command: it finds the run by its name, waits for it, and fetches what it wrote.
+A run there is named by the digest of all that it depends on. After a call was cut off (connection lost, laptop closed), the
+same command finds the run by its name, waits for it, and fetches what it wrote.
 
-EMR_HOURS is how long a stage may take, waiting included, before it is cancelled: 12 unless set.
+EMR_HOURS is the hours that a stage may take, waiting included, before it is cancelled: 12 unless set.
 """
 
 import functools
@@ -22,30 +22,30 @@ from typing import Any, NamedTuple, Protocol
 from bootstrap import runtime
 from bootstrap.job import Job, Outcome, digest_of
 
-SECONDS = 5  # between two looks
-LOG_SECONDS = 60  # to wait for a log when all is well,
-LOG_SECONDS_OF_FAILURE = 360  # and when not; EMR brings it to S3 within five minutes
-LINES = 20  # of what a stage said last
+SECONDS = 5  # between two looks at a run
+LOG_SECONDS = 60  # to wait for the log of a run that ended well
+LOG_SECONDS_OF_FAILURE = 360  # and of one that failed; EMR brings it to S3 within five minutes
+LINES = 20  # of the end of a log
 LOGGED = re.compile(r"\d\d[/:]\d\d[/:]\d\d.* (INFO|WARN) ")  # Spark's own lines
 
 
 class Look(NamedTuple):
-    """What is known of a run at a moment."""
+    """Hold what is known of a run at one moment."""
 
-    state: str  # the service's word for it, and where it waits, of what
+    state: str  # in the service's words; for a run that waits, also what it waits for
     is_over: bool
     is_sound: bool
-    reason: str  # why it ended badly, in the service's words
+    reason: str  # why it failed, in the service's words
     logs: str  # the URI of the folder of its logs
 
 
 class Service(Protocol):
-    """What runs a stage: a cluster, or an application without one."""
+    """Run stages on a cluster, or by an application without one."""
 
-    where: str  # its id
+    where: str  # the id of the cluster or application
 
     def find(self, name: str) -> tuple[str, Look] | None:
-        """The id of the latest run of that name, and a look at it."""
+        """Return the id of the latest run of that name, and a look at it; None if there is no such run."""
 
     def start(self, name: str, settings: Mapping[str, str], words: list[str]) -> str:
         """Start a run, and return its id.
@@ -53,7 +53,7 @@ class Service(Protocol):
         Parameters
         ----------
         settings : Spark's
-        words : the URI of the stage's file, and its command line
+        words : the URI of the stage's file, then its arguments
         """
 
     def look(self, run: str) -> Look: ...
@@ -61,71 +61,71 @@ class Service(Protocol):
     def cancel(self, run: str) -> None: ...
 
     def rate(self) -> tuple[int, float]:
-        """The cores there are, and what they cost in an hour, EUR."""
+        """Return the number of cores, and what they cost, in EUR an hour."""
 
     def bill(self, run: str) -> dict[str, Any]:
-        """What a run took: see runtime.record."""
+        """Return what a run took: see runtime.record."""
 
 
 class Storage(Protocol):
-    """Where the service reads and writes: files by their keys."""
+    """Hold the files that the service reads and writes, by their keys."""
 
     def address(self, place: str) -> str:
-        """The URI that a file or a folder of the workspace has there, which its content tells."""
+        """Return the URI that a file or folder of the workspace has there, which follows from its content."""
 
     def put(self, place: str) -> str:
-        """Send what is not there yet of a file or a folder of the workspace, and return its address."""
+        """Send those files of a file or folder of the workspace that are not there yet, and return its address."""
 
     def uri(self, key: str) -> str: ...
 
     def keys(self, prefix: str) -> list[str]:
-        """The keys below the prefix, relative to it."""
+        """List the keys below the prefix, relative to it."""
 
     def fetch(self, prefix: str, folder: Path) -> None:
-        """Bring the tables that are whole below the prefix into the folder."""
+        """Download the tables below the prefix that are whole into the folder."""
 
     def adopt(self, prefix: str, folder: Path) -> None:
-        """Let the tables below the prefix stand for the folder that they were published as, without sending it."""
+        """Copy the tables below the prefix to the address of the folder that they were published as: it need not be sent."""
 
     def delete(self, prefix: str) -> None: ...
 
     def read_log(self, logs: str, stream: str, seconds: float) -> str:
-        """The text of stdout or stderr once it has come; an empty one if it does not come in these seconds."""
+        """Return the text of stdout or stderr; wait for it so many seconds, then return an empty one."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A service and its storage, as a Runner."""
+    """Run jobs by a service, on its storage."""
 
     service: Service
     storage: Storage
-    settings: Mapping[str, str]  # Spark's, of every run
-    hints: Mapping[str, str]  # what to do, by what stderr says
-    errors: Callable[[], AbstractContextManager[None]]  # that end with one line where the service refuses
+    settings: Mapping[str, str]  # of Spark, for every run
+    hints: Mapping[str, str]  # what to do, by a text that is then in stderr
+    errors: Callable[[], AbstractContextManager[None]]  # makes a context that turns the service's errors into one line
 
     def command(self, job: Job) -> list[str]:
         with self.errors():
-            code, *inputs = map(self.storage.address, [job.stage, *job.inputs])
-        _, key = self._name(job, [code, *inputs])
+            stage, *inputs = map(self.storage.address, [job.stage, *job.inputs])
+        _, key = self._name(job, [stage, *inputs])
         conf = [f"--conf={name}={value}" for name, value in self.settings.items()]
-        return ["spark-submit", *conf, code, *inputs, self.storage.uri(key), *job.flags]
+        return ["spark-submit", *conf, stage, *inputs, self.storage.uri(key), *job.flags]
 
     def run(self, job: Job, partial: Path, lock: int) -> Outcome:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # to be told to end is Ctrl-C, also where it is ignored
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts like Ctrl-C, also where that is ignored
         with self.errors():
             return self._run(job, partial)
 
     def _run(self, job: Job, partial: Path) -> Outcome:
-        code, *inputs = map(self.storage.put, [job.stage, *job.inputs])
-        name, key = self._name(job, [code, *inputs])
+        stage, *inputs = map(self.storage.put, [job.stage, *job.inputs])
+        name, key = self._name(job, [stage, *inputs])
         found = self.service.find(name)
         if found and (not found[1].is_over or (found[1].is_sound and self.storage.keys(key))):
             run = found[0]
             say(job, f"run {run} of an earlier call is {found[1].state}; taking it up")
         else:
-            self.storage.delete(key)  # what a run that failed has left
+            self.storage.delete(key)  # what a failed run has left
             say(job, self._estimate(job))
-            run = self.service.start(name, self.settings, [code, *inputs, self.storage.uri(key), *job.flags])
+            run = self.service.start(name, self.settings, [stage, *inputs, self.storage.uri(key), *job.flags])
         look = wait(self.service, run, job)
         self.storage.fetch(key, partial)
         if look.is_sound:
@@ -133,39 +133,48 @@ class Remote:
         stderr = self.storage.read_log(look.logs, "stderr", LOG_SECONDS_OF_FAILURE)
         hints = [hint for sign, hint in self.hints.items() if sign in stderr]
         reason = " ".join([f"{run} is {look.state}.", look.reason, *hints])
-        print(last_words(stderr), file=sys.stderr)
+        print(last_lines(stderr), file=sys.stderr)
         return Outcome(1, dict, f"submit: {job.name}: {reason}\nIts logs: {look.logs}/")
 
     def _settle(self, job: Job, run: str, key: str, logs: str) -> Mapping[str, Any]:
-        """Keep the output there as an input of later stages, tidy up, say what the stage said, and return what it took."""
+        """Keep the output there as an input of later stages, tidy up, print the stage's log, and return what it took."""
         with self.errors():
             self.storage.adopt(key, Path(job.output))
             took = self.service.bill(run)
             self.storage.delete(key)
             said = self.storage.read_log(logs, "stdout", LOG_SECONDS)
-        print(said or f"submit: what {job.name} says will be in {logs}/stdout.gz", end="" if said else "\n")
+        print(
+            said or f"submit: the log of {job.name} has not come within {LOG_SECONDS} s; it will be in {logs}/stdout.gz",
+            end="" if said else "\n",
+        )
         return took
 
     def _name(self, job: Job, sources: list[str]) -> tuple[str, str]:
-        """A name for all that the run depends on, and the key where it writes."""
+        """Return a name that follows from all that the run depends on, and the key that it writes to."""
         settings = [f"{name}={value}" for name, value in self.settings.items()]
         name = f"{job.name} {digest_of([*sources, *job.flags, *settings])[:16]}"
         return name, f"staging/runs/{self.service.where}/{name.replace(' ', '-')}"
 
     def _estimate(self, job: Job) -> str:
-        """Say what the stage may take and cost."""
+        """Return a sentence on what the stage may take and cost."""
         cores, euros = self.service.rate()
         if not cores:
-            return "what it may cost is not known: no node is up yet"
+            return "the cost is not known: no node is up yet"
         seconds = runtime.estimate(job, cores)
         price = f"{cores} cores at {euros:.2f} EUR an hour"
         if seconds is None:
-            return f"{price}; no earlier run tells how long it may take"
-        return f"{price}: some {seconds / 60:.0f} min and {euros * seconds / 3600:.2f} EUR, by what the last run took"
+            return f"{price}; the time is not known: there is no earlier run"
+        return f"{price}: some {seconds / 60:.0f} min and {euros * seconds / 3600:.2f} EUR, estimated from the last run"
 
 
 def wait(service: Service, run: str, job: Job) -> Look:
-    """Look until the run is over, and say when its state changes; cancel it when we are told to end, or time is up."""
+    """Wait until the run is over, and print each change of its state; cancel it on Ctrl-C.
+
+    Raises
+    ------
+    SystemExit
+        the run took more than EMR_HOURS, and was cancelled
+    """
     ends = time.monotonic() + hours() * 3600
     before = ""
     try:
@@ -178,7 +187,9 @@ def wait(service: Service, run: str, job: Job) -> Look:
                 return look
             if time.monotonic() > ends:
                 cancel(service, run, job)
-                raise SystemExit(f"submit: {job.name}: {run} took more than EMR_HOURS={hours():g} and was cancelled")
+                raise SystemExit(
+                    f"submit: {job.name}: {run} took more than EMR_HOURS={hours():g} and was cancelled; set EMR_HOURS higher"
+                )
             time.sleep(SECONDS * random.uniform(0.8, 1.2))
     except KeyboardInterrupt:
         cancel(service, run, job)
@@ -189,23 +200,23 @@ def wait(service: Service, run: str, job: Job) -> Look:
 
 
 def cancel(service: Service, run: str, job: Job) -> None:
-    """Cancel the run, and see it end: what it writes must not meet what the next one writes."""
-    say(job, f"cancelling {run}; Ctrl-C leaves it alone")
+    """Cancel the run and wait for its end: it must not write while the next one does."""
+    say(job, f"cancelling {run}, and waiting for its end; Ctrl-C stops waiting")
     service.cancel(run)
     while not service.look(run).is_over:
         time.sleep(SECONDS)
     say(job, f"{run} is cancelled")
 
 
-def last_words(stderr: str) -> str:
-    """Cut out what a stage said last: from its last traceback on, if it has one."""
+def last_lines(stderr: str) -> str:
+    """Return the end of a stage's log without Spark's lines: from the last traceback on, if any, else LINES lines."""
     lines = [line for line in stderr.splitlines() if not LOGGED.match(line)]
     starts = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     return "\n".join(lines[starts[-1] :] if starts else lines[-LINES:])
 
 
 def spark_defaults() -> dict[str, str]:
-    """Read the settings of spark-defaults.conf, which a run on this machine has from that file."""
+    """Read the settings of spark-defaults.conf, a file that spark-submit finds only on this machine."""
     lines = Path(__file__).with_name("spark-defaults.conf").read_text().splitlines()
     return dict(line.split(maxsplit=1) for line in lines if line and not line.startswith("#"))
 

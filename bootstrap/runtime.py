@@ -1,13 +1,13 @@
-"""Write reports/runtime.json: what each stage took, which git keeps and `dvc metrics show` lists.
+"""Write reports/runtime.json, which git keeps and `dvc metrics show` lists: what each stage took.
 
 usage: python -m bootstrap.runtime LOCK OUTPUT
 
-reads   LOCK    dvc.lock, of the run that is ending
+reads   LOCK    dvc.lock of the run that ends
 writes  OUTPUT  for each stage what it took and where; whether it was computed in this run or taken from the cache; the sums
 
-What a run took describes the run, not its results, so it is no output of DVC and enters no lock. Each stage that runs leaves
-a note of what it took (see record). At the end of the run these notes are set down under what dvc.lock says of the stage, so
-that a result that comes from DVC's cache later, in this or another experiment, comes with what it took when it was computed.
+What a run took describes the run, not its results: so it is no output of DVC and never enters dvc.lock. Each stage that runs
+leaves a note of what it took (see record). At the end of the run, each note is kept in an archive, by what dvc.lock says of
+the stage. When an experiment later takes the result from DVC's cache, the archive tells what it took to compute.
 """
 
 import json
@@ -24,19 +24,19 @@ import yaml
 from bootstrap.job import Job, digest_of
 
 RECORD = Path("reports/runtime.json")
-NOTES = Path(".dvc/tmp/took")  # of this workspace: a note for each stage that has run since the last record
-OWN = "runtime"  # the name of this stage
+NOTES = Path(".dvc/tmp/took")  # this workspace's: a note for each stage that has run since the last record
+OWN = "runtime"  # this stage's name
 
 
 def main(argv: list[str]) -> None:
     lock, output = map(Path, argv)
     archive = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/runtime")  # of all experiments
     archive.mkdir(parents=True, exist_ok=True)
-    before = {stage["stage"]: stage for stage in recorded()}
+    before = {stage["stage"]: stage for stage in read_record()}
     entries = yaml.safe_load(lock.read_text())["stages"]
-    stages = [took(name, entry, archive, before.get(name)) for name, entry in entries.items() if name != OWN]
+    stages = [find_note(name, entry, archive, before.get(name)) for name, entry in entries.items() if name != OWN]
     # DVC shows no list among metrics: a diff of two runs has the sums, not a dozen lines for each stage.
-    text = json.dumps({"run": sums(stages), "stages": stages}, indent=2) + "\n"
+    text = json.dumps({"run": add_up(stages), "stages": stages}, indent=2) + "\n"
     output.parent.mkdir(exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
     partial.write_text(text)
@@ -45,12 +45,12 @@ def main(argv: list[str]) -> None:
     print(f"runtime: {len(stages) - n_cached} stages computed, {n_cached} taken from an earlier run")
 
 
-def took(name: str, entry: Mapping[str, Any], archive: Path, before: Mapping[str, Any] | None) -> dict[str, Any]:
+def find_note(name: str, entry: Mapping[str, Any], archive: Path, before: Mapping[str, Any] | None) -> dict[str, Any]:
     """Find what a stage took: in its note, in the archive of earlier runs here, or in the last record.
 
     Parameters
     ----------
-    entry : what dvc.lock says of the stage, by which the archive and the record know it
+    entry : what dvc.lock says of the stage, by whose digest the archive and the record know it
     """
     key = digest_of([json.dumps(entry, sort_keys=True)])[:16]
     note, kept = NOTES / f"{name}.json", archive / f"{name}-{key}.json"
@@ -65,7 +65,7 @@ def took(name: str, entry: Mapping[str, Any], archive: Path, before: Mapping[str
         return {"stage": name, "is_cached": True, "lock": key, **json.loads(kept.read_text())}
     if before and before.get("lock") == key:
         return {**before, "is_cached": True}
-    return {"stage": name, "is_cached": True, "lock": key}  # computed by somebody who did not say
+    return {"stage": name, "is_cached": True, "lock": key}  # computed elsewhere, and not recorded
 
 
 def record(job: Job, took: Mapping[str, Any]) -> None:
@@ -74,32 +74,32 @@ def record(job: Job, took: Mapping[str, Any]) -> None:
     Parameters
     ----------
     took
-        where: local, emr or emr-serverless; cores; seconds of work; and where that costs money node_hours or vcpu_hours,
-        euros, and, of what went before the work, such as the cluster's start, seconds_waited and euros_waited
+        where (local, emr or emr-serverless), cores, and seconds of work. What costs money also has node_hours or
+        vcpu_hours, and euros; of the time before the work, such as a cluster's start, seconds_waited and euros_waited
     """
     if not NOTES.parent.parent.is_dir():
-        return  # a stage by itself, not one of a pipeline
+        return  # a single stage, not one of a pipeline
     NOTES.mkdir(parents=True, exist_ok=True)
     note = {"words": job.words, "images": count_images([*job.inputs, job.output])}
-    (NOTES / f"{job.name}.json").write_text(json.dumps(note | rounded(took)))
+    (NOTES / f"{job.name}.json").write_text(json.dumps(note | round_floats(took)))
 
 
 def estimate(job: Job, cores: int) -> float | None:
-    """Seconds of work that the stage may take on so many cores, by what it took last; None if it never ran."""
-    last = next((stage for stage in recorded() if stage["stage"] == job.name), {})
+    """Estimate the seconds of work of the stage on so many cores, from what it took last; None if it never ran."""
+    last = next((stage for stage in read_record() if stage["stage"] == job.name), {})
     if not last.get("images"):
         return None
     return float(last["seconds"] * last["cores"] / cores * count_images(job.inputs) / last["images"])
 
 
-def recorded() -> list[dict[str, Any]]:
+def read_record() -> list[dict[str, Any]]:
     return list(json.loads(RECORD.read_text())["stages"]) if RECORD.exists() else []
 
 
-def sums(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up all stages: seconds of work and what they cost; apart from it, what waiting took, as for a cluster's start.
+def add_up(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the seconds of work and the cost of all stages and, apart, what waiting took, as for a cluster's start.
 
-    A stage that was taken from the cache counts with what it took when it was computed: so two runs compare like with like.
+    A stage that was taken from the cache counts with what it took when it was computed: so two runs can be compared.
     """
     known = [stage for stage in stages if "seconds" in stage]
     paid = [stage for stage in known if "euros" in stage]
@@ -116,16 +116,16 @@ def sums(stages: list[dict[str, Any]]) -> dict[str, Any]:
         total["euros_per_1000_images"] = sum(1000 * stage["euros"] / max(stage["images"], 1) for stage in paid)
         total["seconds_waited"] = sum(stage["seconds_waited"] for stage in paid)
         total["euros_waited"] = sum(stage["euros_waited"] for stage in paid)
-    return rounded(total)
+    return round_floats(total)
 
 
-def rounded(took: Mapping[str, Any]) -> dict[str, Any]:
+def round_floats(took: Mapping[str, Any]) -> dict[str, Any]:
     return {name: round(value, 6) if isinstance(value, float) else value for name, value in took.items()}
 
 
 def count_images(places: Iterable[str]) -> int:
-    """Count the images that these folders are about: rows of their longest table of images, or files if there is none."""
-    import pyarrow.parquet as pq  # slow to import, and not needed to begin a stage
+    """Count the images of these folders: the rows of their longest table with an image_id, or the files if there is none."""
+    import pyarrow.parquet as pq  # slow to import, and not needed to start a stage
 
     rows: dict[Path, int] = defaultdict(int)
     n_files = 0

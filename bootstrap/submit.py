@@ -3,12 +3,13 @@
 usage: python -m bootstrap.submit [--dry_run] PROGRAM STAGE INPUT... OUTPUT [--FLAG VALUE ...]
 
 PROGRAM is spark-submit or python. All that follows STAGE is the stage's own command line. Before it starts, the parameters
-of every stage are checked. While it works, nobody else writes beside OUTPUT. The stage writes to a place of its own; only
-when it has ended well does OUTPUT appear, whole. What it took is set down for reports/runtime.json. Exits as the stage does.
+of every stage are checked. While it works, no other run writes beside OUTPUT. The stage writes to a path of its own, which
+becomes OUTPUT only when the stage has ended well. What it took is noted for reports/runtime.json. The exit status is that of
+the stage.
 
-Where a stage runs is no parameter of it and enters no dvc.lock. The environment says it:
+Where a stage runs is no parameter of the stage and never enters dvc.lock. Environment variables say it:
 
-SPARK_TARGET         what runs stages on Spark, one of TARGETS: local (this machine) unless set. Others run here always.
+SPARK_TARGET         what runs stages on Spark, one of TARGETS: local (this machine) unless set. Others always run here.
 SPARK_MASTER         local[*] unless set; any master that spark-submit takes
 SPARK_DRIVER_MEMORY  a quarter of this machine's memory unless set
 FEATURE_CACHE        .dvc/tmp/feature-cache unless set; the folder (or s3:// prefix) where features are kept for reuse
@@ -26,8 +27,8 @@ from collections.abc import Mapping
 from bootstrap import parameters, runtime
 from bootstrap.job import PROGRAMS, Job, Runner, publish, workplace
 
-# What runs stages on Spark, by the names that SPARK_TARGET takes: the module whose `connect()` makes a Runner. It is
-# imported when it is asked for: a run on this machine does not wait for boto3.
+# For each value of SPARK_TARGET, the module whose `connect()` returns the Runner of stages on Spark. A module is imported
+# only when it is chosen: a run on this machine does not wait for boto3.
 TARGETS = {
     "local": "bootstrap.local",
     "emr": "bootstrap.aws.emr",
@@ -38,7 +39,7 @@ TARGETS = {
 def main(argv: list[str]) -> int:
     dry_run = argv[:1] == ["--dry_run"]
     job = parse(argv[dry_run:])
-    runner = runner_of(job, os.environ)
+    runner = find_runner(job, os.environ)
     if dry_run:
         print(shlex.join(runner.command(job)))
         return 0
@@ -59,7 +60,7 @@ def parse(argv: list[str]) -> Job:
     Raises
     ------
     SystemExit
-        with the usage: no such program, or fewer than two places
+        PROGRAM is none of PROGRAMS, or INPUT or OUTPUT is missing; with the usage
     """
     program, *rest = argv or [""]
     n_places = next((i for i, argument in enumerate(rest) if argument.startswith("--")), len(rest))
@@ -69,8 +70,8 @@ def parse(argv: list[str]) -> Job:
     return Job(program, stage, inputs, output, rest[n_places:])
 
 
-def runner_of(job: Job, environment: Mapping[str, str]) -> Runner:
-    """Find what runs the job.
+def find_runner(job: Job, environment: Mapping[str, str]) -> Runner:
+    """Return the Runner of the job: for a stage on Spark, that of SPARK_TARGET; else this machine.
 
     Raises
     ------
@@ -79,7 +80,7 @@ def runner_of(job: Job, environment: Mapping[str, str]) -> Runner:
     """
     target = environment.get("SPARK_TARGET", "local")
     if target not in TARGETS:
-        raise SystemExit(f"submit: SPARK_TARGET is {target!r}; it can be {', '.join(TARGETS)}")
+        raise SystemExit(f"submit: SPARK_TARGET is {target!r}; set it to one of {', '.join(TARGETS)}")
     module = importlib.import_module(TARGETS[target if job.program == "spark-submit" else "local"])
     runner: Runner = module.connect()
     return runner

@@ -1,10 +1,10 @@
-"""report: one page about a run that a person can look at: what came out, charts, pictures.
+"""Write one page about a run, for people to look at: metrics, charts, pictures.
 
 usage: python -m reports.report INGESTED REDUCED EVALUATION OUTPUT [REVISION...]
 
 reads   INGESTED/images, INGESTED/quarantine, SPLIT/images, REDUCED/embeddings, EVALUATION
         and, through DVC, the charts of dvc.yaml and the experiments of this commit
-writes  OUTPUT  HTML, whole in itself: it opens without a network
+writes  OUTPUT  one HTML file, which opens without a network
 
 With revisions (commits, branches, tags, experiments) the charts show their runs beside that of the workspace. This is no
 stage of the pipeline: an experiment should not wait for it.
@@ -46,8 +46,8 @@ ROWS = 50  # of the tables of refused files and of experiments
 
 MEANINGS = {
     "embedding": "k components",
-    "features": "all features: what the reduction can reach at most",
-    "pixels": "16 x 16 raw pixels: what needs no network",
+    "features": "all features, the most that the reduction can reach",
+    "pixels": "16 x 16 raw pixels, which need no network",
 }
 # What a run is judged by: the name in metrics.json, the format, and what it says.
 METRICS = (
@@ -55,11 +55,11 @@ METRICS = (
     ("images.labels", "{:,}", "labels, which are the folders"),
     ("images.groups", "{:,}", "groups: films of one object, whose frames are nearly equal"),
     ("images.quarantined", "{:,}", "files that were refused; they are listed below with the reason"),
-    ("images.duplicates", "{:,}", "photographs whose content was there already; they cost no second pass of the network"),
+    ("images.duplicates", "{:,}", "photographs whose content another one has; they cost no second pass of the network"),
     ("images.label_conflicts", "{:,}", "photographs that lie under two labels: one of the two is wrong"),
     ("variance.components", "{:,}", "k, the components that are kept of each feature vector"),
     ("variance.explained", "{:.1%}", "of the variance of the features is in these components"),
-    ("variance.held_out_error", "{:.1%}", "of the variance of films that PCA has not seen is lost by as many components"),
+    ("variance.held_out_error", "{:.1%}", "of the variance of films that PCA has not seen is lost with so many components"),
     ("variance.k95", "{:,}", "components would keep 95 % of the variance"),
     ("variance.k_enough", "{:,}", "components are enough: the fewest tried whose accuracy may be that of all features"),
     *(
@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
     predictions = pd.read_csv(Path(args.evaluation, "predictions.csv"), keep_default_na=False)  # NA may be a label
     images = f"{args.ingested}/images"
 
-    labels = one_of_each_label(images)
-    neighbours = nearest_of_some(args.split, args.reduced, predictions)
-    pairs = confused_pairs(predictions)
+    labels = pick_examples(images)
+    neighbours = find_neighbours(args.split, args.reduced, predictions)
+    pairs = find_confused_pairs(predictions)
     paths = {*labels["path"], *itertools.chain(*neighbours, *(pair["paths"] for pair in pairs))}
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -107,8 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         labels=labels.to_dict("records"),
         neighbours=neighbours,
         pairs=pairs,
-        pictures=pictures(images, paths),
-        **refused(f"{args.ingested}/quarantine"),
+        pictures=make_pictures(images, paths),
+        **count_refused(f"{args.ingested}/quarantine"),
         headings=["run", *(heading for _, heading, _ in EXPERIMENTS)],
         experiments=experiments(),
     )
@@ -119,22 +119,28 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def charts(revisions: list[str]) -> dict[str, dict[str, Any]]:
-    """Make the Vega-Lite specification of each chart of dvc.yaml, by its title."""
+    """Make the Vega-Lite specification of each chart of dvc.yaml, by its title.
+
+    Raises
+    ------
+    SystemExit
+        DVC cannot make them, as for an unknown revision
+    """
     command = ["plots", "diff", "workspace", *revisions] if revisions else ["plots", "show"]
     said = subprocess.run([sys.executable, "-m", "dvc", *command, "--json"], capture_output=True, text=True)
     if said.returncode:
         raise SystemExit(f"report: `dvc {' '.join(command)}` failed: {said.stderr.strip()}")
     plots = json.loads(said.stdout)["data"]
-    return {title: of_page(parts[0]["content"], alone=not revisions) for title, parts in plots.items() if parts}
+    return {title: fit_to_page(parts[0]["content"], is_single=not revisions) for title, parts in plots.items() if parts}
 
 
-def of_page(chart: dict[str, Any], alone: bool) -> dict[str, Any]:
-    """Leave out of a chart what the page has: title, version of Vega-Lite and, of one run only, what tells runs apart."""
+def fit_to_page(chart: dict[str, Any], is_single: bool) -> dict[str, Any]:
+    """Remove from a chart what the page has: title, version of Vega-Lite and, for a single run, what tells runs apart."""
     chart = {key: value for key, value in chart.items() if key not in ("title", "$schema")}
     if isinstance(height := chart.get("height"), dict):  # a chart as wide as the page must know its height
         y = chart["encoding"]["y"]["field"]
         chart["height"] = height["step"] * len({row[y] for row in chart["data"]["values"]})
-    if not alone:
+    if not is_single:
         return chart
     if "facet" in chart:
         chart |= chart.pop("spec")
@@ -148,15 +154,15 @@ def of_page(chart: dict[str, Any], alone: bool) -> dict[str, Any]:
     return chart
 
 
-def one_of_each_label(images: str) -> pd.DataFrame:
-    """Find label, n_images and path, that of the image of least image_id, for each label."""
+def pick_examples(images: str) -> pd.DataFrame:
+    """Pick for each label its image of least image_id: columns label, path and n_images of the label."""
     table = read(images, LABELLED).sort_by([(column, "ascending") for column in LABELLED])
     grouped = table.group_by("label", use_threads=False).aggregate([("path", "first"), ("path", "count")])
     return grouped.to_pandas().rename(columns={"path_first": "path", "path_count": "n_images"})
 
 
-def nearest_of_some(split: str, reduced: str, predictions: pd.DataFrame) -> list[list[str]]:
-    """Find the paths of QUERIES images of as many labels as can be, each with those of its NEIGHBOURS in the other fold."""
+def find_neighbours(split: str, reduced: str, predictions: pd.DataFrame) -> list[list[str]]:
+    """Find the paths of some QUERIES images of different labels, each with those of its NEIGHBOURS in the other fold."""
     tested = pc.field("path").isin(pa.array(predictions["path"], pa.string()))
     folds = read(f"{split}/images", FOLDS, tested).to_pandas()
     embeddings = read(f"{reduced}/embeddings", EMBEDDINGS, tested).to_pandas()
@@ -170,10 +176,10 @@ def nearest_of_some(split: str, reduced: str, predictions: pd.DataFrame) -> list
     return found
 
 
-def confused_pairs(predictions: pd.DataFrame) -> list[dict[str, Any]]:
+def find_confused_pairs(predictions: pd.DataFrame) -> list[dict[str, Any]]:
     """Find the pairs of labels confused most often: label, predicted, n_images, share of the label's, paths of examples.
 
-    Paths go in twos: the image, and the one that it was taken for.
+    Each image's path is followed by that of its nearest image, for which it was taken.
     """
     pairs = most_confused(count_confusions(predictions))[:PAIRS].to_dict("records")
     by_pair = predictions.groupby(["label", "predicted"])
@@ -184,8 +190,8 @@ def confused_pairs(predictions: pd.DataFrame) -> list[dict[str, Any]]:
     return pairs
 
 
-def pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
-    """Make of each path the image's label and its source, a small WebP as a data URI."""
+def make_pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
+    """Return by each path the image's label and its source, a small WebP as a data URI."""
     wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
     found = {}
     for batch in ds.dataset(images, format="parquet").to_batches(list(PICTURES), filter=wanted, batch_size=256):
@@ -199,15 +205,15 @@ def pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
     return found
 
 
-def refused(quarantine: str) -> dict[str, Any]:
-    """Tell how many files were refused for each reason, and the first of them."""
+def count_refused(quarantine: str) -> dict[str, Any]:
+    """Count the files refused for each reason, and list the first ROWS of all."""
     table = read(quarantine, QUARANTINE).to_pandas().sort_values("path")
     return {"reasons": table["reason"].value_counts().to_dict(), "refused": table.head(ROWS).to_dict("records")}
 
 
 def experiments() -> list[list[str]]:
-    """List the runs of this commit that DVC knows, with what EXPERIMENTS says of them: the workspace's, then by k."""
-    # DVC has "!" for what it cannot read: the commit's metrics, say, where nobody pushed or pulled them.
+    """List the runs of this commit that DVC knows, with the columns of EXPERIMENTS: the workspace's, then by k."""
+    # DVC gives "!" for what it cannot read, such as metrics of the commit that nobody pushed or pulled.
     workspace, *others = ({key: value for key, value in run.items() if value != "!"} for run in dvc.api.exp_show())
     others.sort(key=lambda run: run.get("variance.components") or 0)
     return [

@@ -253,7 +253,7 @@ def test_down_asks_first(emr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         return ""
 
     monkeypatch.setattr("builtins.input", press_enter)
-    with pytest.raises(SystemExit, match="not ended; it is still paid for"):
+    with pytest.raises(SystemExit, match="not ended; it is still paid for, until `make cloud-down`"):
         cluster.main(["down"])
     assert questions == [f"End cluster {one} (fruits) and what runs on it? [y/N] "]
     assert cloud.find_cluster(emr, "fruits") == one

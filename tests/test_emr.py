@@ -240,7 +240,7 @@ def test_a_job_run_whose_start_was_not_answered_is_not_started_twice(there: Aws,
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_run_that_takes_too_long_is_cancelled(target: str, there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMR_HOURS", "0.0003")
-    with pytest.raises(SystemExit, match=r"took more than EMR_HOURS=0\.0003 and was cancelled"):
+    with pytest.raises(SystemExit, match=r"took more than EMR_HOURS=0\.0003 and was cancelled; set EMR_HOURS higher"):
         call(target, "hang")
     runs = [step for cluster in there.clusters() for step in cluster.steps] + there.job_runs()
     assert ([each.state for each in runs], Path("out").exists()) == (["CANCELLED"], False)
@@ -359,7 +359,9 @@ def test_without_a_cluster_it_says_how_to_start_one(there: Aws) -> None:
 
 
 def test_without_an_application_it_says_how_to_add_one() -> None:
-    with pytest.raises(SystemExit, match="no EMR Serverless application"):
+    with pytest.raises(
+        SystemExit, match=r'no EMR Serverless application\. Set `Serverless: "true"` .* `make cloud-setup wheelhouse`'
+    ):
         serverless.Application({"region": REGION, "serverless": {}}, {"Bucket": BUCKET})
 
 

@@ -303,7 +303,7 @@ def test_up_again_changes_nothing(aws: None, capsys: pytest.CaptureFixture[str])
     before = cloud.outputs(SETTINGS)
     capsys.readouterr()
     infrastructure.main(["up"])
-    assert capsys.readouterr().out.startswith("Stack fruits in eu-west-3 is as it should be.\n")
+    assert capsys.readouterr().out.startswith("Stack fruits in eu-west-3 is up to date; nothing to change.\n")
     assert cloud.outputs(SETTINGS) == before
 
 
@@ -352,7 +352,7 @@ def test_a_refused_template_is_told_in_cloudformations_words(aws: None, monkeypa
         def delete_change_set(self, **arguments: str) -> None: ...
 
     with pytest.raises(SystemExit, match=r"CloudFormation refuses: Parameters: \[Typo\] do not exist"):
-        infrastructure.prepared(Refusing(), {})
+        infrastructure.wait_for_changes(Refusing(), {})
 
 
 class Failing:
@@ -408,7 +408,7 @@ def test_down_deletes_all_but_the_bucket_and_says_how_to_delete_that(aws: None, 
     assert boto3.client("s3", region_name=REGION).list_buckets()["Buckets"] == []
 
 
-def test_down_lets_go_of_what_emr_has_added_to_the_network(aws: None, calls: list[tuple[str, dict[str, Any]]]) -> None:
+def test_down_removes_what_emr_has_added_to_the_network(aws: None, calls: list[tuple[str, dict[str, Any]]]) -> None:
     infrastructure.main(["up"])
     ec2, outputs = boto3.client("ec2", region_name=REGION), cloud.outputs(SETTINGS)
     primary, core = outputs["PrimarySecurityGroup"], outputs["CoreSecurityGroup"]
@@ -424,15 +424,15 @@ def test_down_lets_go_of_what_emr_has_added_to_the_network(aws: None, calls: lis
         ServiceName=f"com.amazonaws.{REGION}.elasticmapreduce",
         TagSpecifications=[{"ResourceType": "vpc-endpoint", "Tags": tags}],
     )
-    infrastructure.let_go(ec2, outputs)
-    assert_let_go(ec2, primary, core)
+    infrastructure.remove_additions_of_emr(ec2, outputs)
+    assert_only_ours(ec2, primary, core)
     calls.clear()
     infrastructure.main(["down", "--yes"])
     operations = [operation for operation, _ in calls]
     assert operations.index("DescribeVpcEndpoints") < operations.index("DeleteStack"), "else the stack could not be deleted"
 
 
-def assert_let_go(ec2: Any, primary: str, core: str) -> None:
+def assert_only_ours(ec2: Any, primary: str, core: str) -> None:
     groups = ec2.describe_security_groups(GroupIds=[primary, core])["SecurityGroups"]
     assert [group["IpPermissions"] for group in groups] == [[], []]
     left = [e["ServiceName"] for e in ec2.describe_vpc_endpoints()["VpcEndpoints"] if e["State"] != "deleted"]
@@ -444,7 +444,7 @@ def test_down_waits_for_the_cluster_to_be_given_back(aws: None) -> None:
     instances = {"KeepJobFlowAliveWhenNoSteps": True, "MasterInstanceType": "m6i.xlarge", "InstanceCount": 1}
     emr = boto3.client("emr", region_name=REGION)
     one = emr.run_job_flow(Name="fruits", ReleaseLabel="emr-7.13.0", Instances=instances)["JobFlowId"]
-    with pytest.raises(SystemExit, match=f"cluster {one} is up, in the network of the stack"):
+    with pytest.raises(SystemExit, match=rf"cluster {one} is up, in the network of the stack\. Run `make cloud-down` first"):
         infrastructure.main(["down", "--yes"])
 
 

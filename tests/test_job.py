@@ -100,7 +100,10 @@ def test_a_job_that_failed_leaves_the_earlier_output_as_it_was(tmp_path: Path) -
 
 def test_a_job_that_wrote_nothing_is_refused_and_the_earlier_output_stays(tmp_path: Path) -> None:
     job_, partial = place(tmp_path)
-    with pytest.raises(SystemExit, match=r"x ended well but wrote no .*out; the earlier one is left as it was"):
+    with pytest.raises(
+        SystemExit,
+        match=r"x ended with status 0 but wrote no .*out; the earlier one is left as it was\. The stage must write to",
+    ):
         job.publish(job_, partial, is_sound=True)
     assert (tmp_path / "out/earlier").exists()
 

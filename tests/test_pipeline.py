@@ -1,23 +1,36 @@
 """The whole pipeline on few images, as a stranger runs it: dvc in a fresh clone, without a git identity."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.helpers import SPARK_STAGES, forget, run
+from tests.helpers import PIPELINE, SPARK_STAGES, forget, run
 
 pytestmark = pytest.mark.slow
 
 
 def test_a_second_run_has_nothing_to_do(clone: Path) -> None:
-    assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == 9
+    assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == len(PIPELINE)
 
 
 def test_another_k_runs_reduce_and_evaluate_only(clone: Path) -> None:
     said = run("dvc", "exp", "run", "-S", "reduce.k=4", cwd=clone)
-    assert [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")] == ["reduce", "evaluate"]
+    ran = [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
+    assert ran == ["reduce", "evaluate", "runtime"]  # and the record of the run
+
+
+def test_what_comes_from_dvcs_cache_is_recorded_with_what_it_took_when_it_was_computed(clone: Path) -> None:
+    took = []
+    for k in (3, 5, 3):
+        run("dvc", "exp", "run", "-S", f"reduce.k={k}", cwd=clone)
+        stages = json.loads((clone / "reports/runtime.json").read_text())["stages"]
+        (reduce,) = (stage for stage in stages if stage["stage"] == "reduce")
+        took.append((reduce["is_cached"], reduce["seconds"]))
+    assert [is_cached for is_cached, _ in took] == [False, False, True]
+    assert took[2][1] == took[0][1]
 
 
 def test_metrics_diff_shows_what_another_k_costs(clone: Path) -> None:

@@ -178,7 +178,7 @@ def test_an_unknown_revision_ends_it_with_a_message(folder: Path) -> None:
 
 
 def test_each_label_is_shown_once_with_its_number_of_images(folder: Path, images: pd.DataFrame) -> None:
-    labels = report.one_of_each_label(str(folder / "data/ingested/images"))
+    labels = report.pick_examples(str(folder / "data/ingested/images"))
     assert dict(zip(labels["label"], labels["n_images"], strict=True)) == images["label"].value_counts().to_dict()
     first = images.sort_values("image_id").groupby("label")["path"].first()
     assert dict(zip(labels["label"], labels["path"], strict=True)) == first.to_dict()
@@ -198,7 +198,7 @@ def test_pictures_have_alternative_texts(elements: list[tuple[str, dict[str, str
 def test_neighbours_are_scikit_learns_in_the_other_fold(
     folder: Path, images: pd.DataFrame, predictions: pd.DataFrame
 ) -> None:
-    found = report.nearest_of_some(str(folder / "data/ingested/images"), str(folder / "data/reduced"), predictions)
+    found = report.find_neighbours(str(folder / "data/ingested/images"), str(folder / "data/reduced"), predictions)
     embeddings = ds.dataset(folder / "data/reduced/embeddings").to_table().to_pandas().set_index("path")["embedding"]
     fold = images.set_index("path")["fold"]
     assert len(found) == images["label"].nunique()
@@ -212,7 +212,7 @@ def test_neighbours_are_scikit_learns_in_the_other_fold(
 def test_confused_pairs_are_the_largest_off_the_diagonal(predictions: pd.DataFrame) -> None:
     matrix = pd.crosstab(predictions["label"], predictions["predicted"]).stack()
     errors = matrix[[label != predicted for label, predicted in matrix.index]].sort_values(ascending=False)
-    pairs = report.confused_pairs(predictions)
+    pairs = report.find_confused_pairs(predictions)
     assert [pair["n_images"] for pair in pairs] == errors[errors > 0].head(report.PAIRS).tolist()
     for pair in pairs:
         assert matrix[pair["label"], pair["predicted"]] == pair["n_images"]
@@ -220,7 +220,7 @@ def test_confused_pairs_are_the_largest_off_the_diagonal(predictions: pd.DataFra
 
 def test_an_example_of_a_pair_stands_beside_the_image_it_was_taken_for(predictions: pd.DataFrame) -> None:
     nearest = dict(zip(predictions["path"], predictions["nearest"], strict=True))
-    for pair in report.confused_pairs(predictions):
+    for pair in report.find_confused_pairs(predictions):
         paths = pair["paths"]
         assert 0 < len(paths) // 2 <= report.EXAMPLES
         assert [nearest[path] for path in paths[::2]] == paths[1::2]

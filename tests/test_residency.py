@@ -97,7 +97,7 @@ def test_the_old_name_of_ireland_is_known(monkeypatch: pytest.MonkeyPatch) -> No
         def get_bucket_location(self, Bucket: str) -> dict[str, str]:
             return {"LocationConstraint": "EU"}
 
-    assert residency.location("old", Client()) == ("eu-west-1, Europe (Ireland)", True)
+    assert residency.locate("old", Client()) == ("eu-west-1, Europe (Ireland)", True)
 
 
 def test_a_copy_within_the_eu_is_accepted() -> None:
@@ -282,7 +282,7 @@ def test_a_server_of_this_machine_may_be_without_a_location_but_not_elsewhere(
     (finding,) = residency.check_endpoint("service s3", client)
     assert finding == ("service s3", residency.HOST, f"{host}:8333, this machine: nothing leaves", True)
     monkeypatch.setattr(client, "get_bucket_location", lambda Bucket: {"LocationConstraint": location})
-    assert residency.location("data", client) == expected
+    assert residency.locate("data", client) == expected
 
 
 # What is said
@@ -306,7 +306,9 @@ def test_what_is_in_the_eu_goes_on() -> None:
 
 def test_a_cluster_in_another_region_is_refused() -> None:
     residency.require_arn(f"arn:aws:elasticmapreduce:{PARIS}:123456789012:cluster/j-1", PARIS)
-    with pytest.raises(SystemExit, match=r"nothing was sent: .*/j-1 is in us-east-1, and cluster\.yaml says eu-west-3"):
+    with pytest.raises(
+        SystemExit, match=r"nothing was sent: .*/j-1 is in us-east-1, and cluster\.yaml says eu-west-3\. End it"
+    ):
         residency.require_arn(f"arn:aws:elasticmapreduce:{VIRGINIA}:123456789012:cluster/j-1", PARIS)
 
 

@@ -127,7 +127,7 @@ def test_a_wheelhouse_is_uploaded_once(monkeypatch: pytest.MonkeyPatch, s3: Any,
 
     monkeypatch.setattr(wheelhouse, "download", lambda versions, wheels: pytest.fail("downloaded again"))
     wheelhouse.main([])
-    assert capsys.readouterr().out == f"s3://fruits-1/{folder} is there: Python for {RELEASE}\n"
+    assert capsys.readouterr().out == f"s3://fruits-1/{folder} exists already: Python for {RELEASE}\n"
 
 
 def test_an_upload_that_was_broken_off_goes_on(
@@ -141,7 +141,7 @@ def test_an_upload_that_was_broken_off_goes_on(
     capsys.readouterr()
     wheelhouse.main([])
     assert "Uploading 1 files" in capsys.readouterr().out
-    assert wheelhouse.there(s3, "fruits-1", folder)
+    assert wheelhouse.exists(s3, "fruits-1", folder)
 
 
 def test_for_serverless_the_same_packages_are_there_laid_out(

@@ -1,1 +1,1 @@
-"""Amazon's services: what is rented there, where it may be, and how stages run on it."""
+"""Rent computers of Amazon, keep all data in the EU, and run stages there."""

@@ -1,4 +1,4 @@
-"""The project's bucket on S3, as the storage of runs elsewhere."""
+"""Keep the files of runs elsewhere in the project's bucket on S3."""
 
 import gzip
 import time
@@ -15,7 +15,7 @@ from bootstrap.remote import SECONDS
 
 
 class Bucket:
-    """The project's bucket, by its keys; many small files, so many requests at a time."""
+    """Read and write the project's bucket, with many requests at a time, as most files are small."""
 
     def __init__(self, s3: Any, name: str) -> None:
         self.s3, self.name = s3, name
@@ -25,33 +25,33 @@ class Bucket:
         return f"s3://{self.name}/{key}"
 
     def keys(self, prefix: str) -> list[str]:
-        """The keys below the prefix, relative to it."""
+        """List the keys below the prefix, relative to it."""
         pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=f"{prefix}/")
         return [item["Key"][len(prefix) + 1 :] for page in pages for item in page.get("Contents", [])]
 
     def address(self, place: str) -> str:
-        """The URI of a file or a folder of the workspace, named by its content; a place that is a URI already stays.
+        """Return the URI of a file or folder of the workspace, named by its content; return an s3:// URI as it is.
 
         Raises
         ------
         SystemExit
-            there is no such folder, or no file in it
+            the folder does not exist, or has no file
         """
         return place if place.startswith("s3://") else self._address(place, content_of(place)[0])
 
     def put(self, place: str) -> str:
-        """Send what is not there yet of a file or a folder of the workspace, and return its address."""
+        """Send those files of a file or folder of the workspace that are not there yet, and return its address."""
         if place.startswith("s3://"):
             return place
         prefix, files = content_of(place)
-        there = set(self.keys(prefix))
-        lacking = {name: path for name, path in files.items() if name not in there}
-        if lacking:
-            n_mb = sum(path.stat().st_size for path in lacking.values()) / 2**20
-            print(f"submit: sending {len(lacking):,} of {len(files):,} files of {place}, {n_mb:,.1f} MB", flush=True)
-            at_once(
+        sent = set(self.keys(prefix))
+        missing = {name: path for name, path in files.items() if name not in sent}
+        if missing:
+            n_mb = sum(path.stat().st_size for path in missing.values()) / 2**20
+            print(f"submit: sending {len(missing):,} of {len(files):,} files of {place}, {n_mb:,.1f} MB", flush=True)
+            run_in_threads(
                 lambda item: self.s3.upload_file(str(item[1]), self.name, f"{prefix}/{item[0]}", Config=self.transfer),
-                lacking.items(),
+                missing.items(),
             )
         return self._address(place, prefix)
 
@@ -59,21 +59,21 @@ class Bucket:
         return self.uri(f"{prefix}/{Path(place).name}" if Path(place).is_file() else prefix)
 
     def fetch(self, prefix: str, folder: Path) -> None:
-        """Bring the tables that are whole below the prefix into the folder."""
+        """Download the tables below the prefix that are whole into the folder."""
         keys = self.keys(prefix)
         whole = {key.rpartition("/")[0] for key in keys if key.rpartition("/")[2] == "_SUCCESS"}
         wanted = [key for key in keys if key.rpartition("/")[0] in whole]
         for table in whole:
             (folder / table).mkdir(parents=True, exist_ok=True)
-        at_once(
+        run_in_threads(
             lambda key: self.s3.download_file(self.name, f"{prefix}/{key}", str(folder / key), Config=self.transfer), wanted
         )
 
     def adopt(self, prefix: str, folder: Path) -> None:
-        """Let the tables below the prefix stand for the folder that they were published as, without sending it.
+        """Copy the tables below the prefix to the address of the folder that they were published as: it need not be sent.
 
-        Written again by pyarrow, the folder's files are not these to the byte, but the same rows in the same order under
-        the same names, and that is all that a stage reads.
+        The folder's files were written again by pyarrow, so their bytes differ. Names, rows and order of rows are the same,
+        and a stage reads nothing else.
         """
         to = f"staging/inputs/{digest_of_files(files_of(folder))}"
         parts = [key for key in self.keys(prefix) if PART.search(key)]
@@ -82,7 +82,7 @@ class Bucket:
             source = {"Bucket": self.name, "Key": f"{prefix}/{key}"}
             self.s3.copy(source, self.name, f"{to}/{published_name(key)}", Config=self.transfer)
 
-        at_once(copy, parts)
+        run_in_threads(copy, parts)
 
     def delete(self, prefix: str) -> None:
         keys = self.keys(prefix)
@@ -91,7 +91,7 @@ class Bucket:
             self.s3.delete_objects(Bucket=self.name, Delete={"Objects": objects, "Quiet": True})
 
     def read_log(self, logs: str, stream: str, seconds: float) -> str:
-        """The text of stdout or stderr once it has come; an empty one if it does not come in these seconds."""
+        """Return the text of stdout or stderr; wait for it so many seconds, then return an empty one."""
         bucket, key = bucket_and_key(f"{logs}/{stream}.gz")
         ends = time.monotonic() + seconds
         while True:
@@ -104,7 +104,13 @@ class Bucket:
 
 
 def content_of(place: str) -> tuple[str, dict[str, Path]]:
-    """The prefix of a file or a folder, named by the SHA-256 of its content, and its files by their keys below it."""
+    """Return the prefix of a file or folder, named by the SHA-256 of its content, and its files by their keys below it.
+
+    Raises
+    ------
+    SystemExit
+        the folder does not exist, or has no file
+    """
     path = Path(place)
     if path.is_file():
         return f"staging/stages/{sha256(path)}", {path.name: path}
@@ -119,6 +125,6 @@ def bucket_and_key(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
-def at_once(work: Callable[[Any], None], items: Iterable[Any]) -> None:
+def run_in_threads(work: Callable[[Any], None], items: Iterable[Any]) -> None:
     with ThreadPoolExecutor(cloud.THREADS) as pool:
         list(pool.map(work, items))

@@ -1,4 +1,4 @@
-"""What all that talks to AWS shares: settings, clients that retry, the stack and the cluster, errors in a line."""
+"""Give all that talks to AWS its settings, clients that retry, the stack, the cluster, and errors of one line."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +12,11 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 SETTINGS = Path(__file__).with_name("cluster.yaml")
-UP = ["STARTING", "BOOTSTRAPPING", "RUNNING", "WAITING"]  # states of a cluster that is there
+UP = ["STARTING", "BOOTSTRAPPING", "RUNNING", "WAITING"]  # states of a cluster that runs or will run
 THREADS = 32  # requests at a time; most are of small files
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
-# Throttled, or a server in trouble: again after a while that doubles and is drawn by lot, so that not all come back at once.
+# A request that is throttled, or meets an error of the server, is sent again. The wait doubles each time, and is partly
+# random, so that not all requests come back at once.
 CONFIG = Config(
     retries={"mode": "standard", "max_attempts": 8},
     connect_timeout=10,
@@ -25,22 +26,22 @@ CONFIG = Config(
 
 
 def settings() -> dict[str, Any]:
-    """cluster.yaml: region, stack, and what the cluster and the jobs are made of."""
+    """Read cluster.yaml: region, stack, and what the cluster and the job runs are made of."""
     return dict(yaml.safe_load(SETTINGS.read_text()))
 
 
 def client(service: str, region: str) -> Any:
-    """A client of that service in that region, whatever region the user's own configuration names."""
+    """Make a client of that service in that region, whatever region the user's own configuration names."""
     return boto3.client(service, region_name=region, config=CONFIG)
 
 
 def outputs(settings: dict[str, Any]) -> dict[str, str]:
-    """The outputs of the CloudFormation stack (infrastructure.yaml) by name.
+    """Return the outputs of the CloudFormation stack (infrastructure.yaml) by name.
 
     Raises
     ------
     SystemExit
-        there is no such stack in the region
+        the region has no such stack
     """
     try:
         (stack,) = client("cloudformation", settings["region"]).describe_stacks(StackName=settings["stack"])["Stacks"]
@@ -55,12 +56,12 @@ def outputs(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def find_cluster(emr: Any, name: str) -> str | None:
-    """Find the id of the cluster of that name that is up, or about to be.
+    """Find the id of the cluster of that name that runs or will run; None if there is none.
 
     Raises
     ------
     SystemExit
-        there are several
+        several clusters have that name
     """
     pages = emr.get_paginator("list_clusters").paginate(ClusterStates=UP)
     found = [cluster["Id"] for page in pages for cluster in page["Clusters"] if cluster["Name"] == name]
@@ -72,14 +73,14 @@ def find_cluster(emr: Any, name: str) -> str | None:
     return found[0] if found else None
 
 
-def nodes(emr: Any, one: str) -> list[dict[str, Any]]:
-    """List all instances that the cluster has had, as list_instances gives them."""
-    pages = emr.get_paginator("list_instances").paginate(ClusterId=one)
+def nodes(emr: Any, cluster_id: str) -> list[dict[str, Any]]:
+    """List all instances that the cluster has had, as list_instances returns them."""
+    pages = emr.get_paginator("list_instances").paginate(ClusterId=cluster_id)
     return [instance for page in pages for instance in page["Instances"]]
 
 
 def confirm(question: str) -> bool:
-    """Ask the person at the terminal; where nobody is there, the answer is no."""
+    """Ask the person at the terminal, and return whether the answer is yes; without a terminal it is no."""
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
@@ -89,7 +90,7 @@ def confirm(question: str) -> bool:
 
 @contextmanager
 def errors_in_words(who: str) -> Iterator[None]:
-    """End with one line where AWS refuses or cannot be reached, instead of a traceback."""
+    """Turn a refusal of AWS, or a failure to reach it, into a SystemExit of one line, without a traceback."""
     try:
         yield
     except ClientError as error:

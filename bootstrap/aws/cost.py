@@ -1,4 +1,4 @@
-"""What a cluster or a job run has cost, and costs by the hour: AWS's own records of use by the prices of prices.yaml."""
+"""Compute what a cluster or a job run has cost, and costs an hour: AWS's records of use, by the prices of prices.yaml."""
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -12,17 +12,17 @@ MONTH = 730  # hours, as AWS counts one
 
 
 def load() -> dict[str, Any]:
-    """prices.yaml."""
+    """Read prices.yaml."""
     return dict(yaml.safe_load(PRICES.read_text()))
 
 
 def of_node(instance_type: str, market: str, prices: Mapping[str, Any]) -> float:
-    """EUR that a node costs in an hour: the instance, EMR's fee, its disks.
+    """Compute EUR an hour of a node: the instance, EMR's fee, its disks.
 
     Raises
     ------
     SystemExit
-        prices.yaml does not know the type
+        prices.yaml has no price of the type
     """
     try:
         on_demand = prices["ec2"][instance_type]
@@ -35,23 +35,23 @@ def of_node(instance_type: str, market: str, prices: Mapping[str, Any]) -> float
 
 
 def cores(instance_type: str) -> int:
-    """VCPUs of a type, by its size: 4 for each x of an xlarge, 2 for a large."""
+    """Return the vCPUs of a type, by its size: 4 for each x of an xlarge, 2 for a large."""
     size = instance_type.partition(".")[2]
     return 4 * int(size.removesuffix("xlarge") or 1) if size.endswith("xlarge") else 2
 
 
 def per_hour(instances: Iterable[Mapping[str, Any]], prices: Mapping[str, Any]) -> float:
-    """EUR an hour of those of the instances (as list_instances gives them) that have not ended."""
+    """Compute EUR an hour of those instances (as list_instances returns them) that have not ended."""
     running = [instance for instance in instances if "EndDateTime" not in instance["Status"]["Timeline"]]
     return sum(of_node(instance["InstanceType"], instance["Market"], prices) for instance in running)
 
 
 def of_instances(instances: Iterable[Mapping[str, Any]], prices: Mapping[str, Any], until: datetime) -> tuple[float, float]:
-    """Node hours, and EUR, from each instance's creation to its end, or to `until` if it has none.
+    """Compute node hours and EUR, from each instance's creation to its end, or to `until` if it has none.
 
     Parameters
     ----------
-    instances : as list_instances gives them
+    instances : as list_instances returns them
     prices : prices.yaml
     until : with its time zone
     """
@@ -60,7 +60,7 @@ def of_instances(instances: Iterable[Mapping[str, Any]], prices: Mapping[str, An
         timeline = instance["Status"]["Timeline"]
         begin = timeline.get("CreationDateTime", until)
         if begin >= until:
-            continue  # not there yet
+            continue  # not created yet
         seconds = (min(timeline.get("EndDateTime", until), until) - begin).total_seconds()
         lasted = max(seconds, 60) / 3600  # AWS counts a minute at least
         hours += lasted
@@ -69,12 +69,12 @@ def of_instances(instances: Iterable[Mapping[str, Any]], prices: Mapping[str, An
 
 
 def of_cores(cores: float, prices: Mapping[str, Any]) -> float:
-    """EUR an hour of so many vCPUs of EMR Serverless, with the memory of an executor."""
+    """Compute EUR an hour of so many vCPUs of EMR Serverless, with the memory of an executor."""
     return of_job_run({"vCPUHour": cores, "memoryGBHour": cores * prices["memory_gb_per_vcpu"]}, prices)[1]
 
 
 def of_job_run(billed: Mapping[str, float], prices: Mapping[str, Any]) -> tuple[float, float]:
-    """VCPU hours, and EUR, of the billedResourceUtilization of get_job_run."""
+    """Compute vCPU hours and EUR of the billedResourceUtilization of get_job_run."""
     serverless = prices["serverless"]
     usd = (
         billed.get("vCPUHour", 0) * serverless["vcpu"]

@@ -14,7 +14,7 @@ def connect() -> Runner:
 
 
 class Cluster:
-    """EMR on EC2: a stage is a step."""
+    """Run each stage as a step of EMR on EC2."""
 
     def __init__(self, settings: dict[str, Any], outputs: Mapping[str, str]) -> None:
         self.emr = cloud.client("emr", settings["region"])
@@ -42,7 +42,7 @@ class Cluster:
             },
         }
         (run,) = self.emr.add_job_flow_steps(JobFlowId=self.where, Steps=[step])["StepIds"]
-        # EMR knows no token by which it would see that a request comes again because the first answer was lost.
+        # If the first answer is lost, boto3 repeats the request. EMR has no token to notice that, and adds a second step.
         twins = [
             each["Id"]
             for each in self._steps()

@@ -1,6 +1,6 @@
 """Make, update or delete what lasts between clusters: the stack of infrastructure.yaml, in the region of cluster.yaml.
 
-usage: python -m bootstrap.aws.infrastructure up              as often as you like; says what it does, or why it cannot
+usage: python -m bootstrap.aws.infrastructure up              as often as you like; prints what it does, or why it cannot
        python -m bootstrap.aws.infrastructure down [--yes]    all but the bucket
 """
 
@@ -16,7 +16,7 @@ from botocore.exceptions import ClientError
 from bootstrap.aws import cloud, residency
 
 TEMPLATE = Path(__file__).with_name("infrastructure.yaml")
-WAIT = 3  # seconds between looks
+WAIT = 3  # seconds between two requests
 
 
 def main(argv: list[str]) -> None:
@@ -32,12 +32,12 @@ def main(argv: list[str]) -> None:
 
 
 def up(settings: dict[str, Any]) -> None:
-    """Bring the stack to what the template and cluster.yaml say.
+    """Make the stack, or update it, to what the template and cluster.yaml say.
 
     Raises
     ------
     SystemExit
-        CloudFormation could not; the reason has been printed, and the stack is as it was before
+        CloudFormation failed; the reason has been printed, and the stack is as it was before
     """
     region, name = settings["region"], settings["stack"]
     residency.require(region, [])
@@ -58,10 +58,10 @@ def up(settings: dict[str, Any]) -> None:
         Tags=[{"Key": "project", "Value": name}],
         ImportExistingResources=True,  # the bucket that an earlier stack of the name has left
     )
-    if not prepared(cloudformation, change):
-        print(f"Stack {name} in {region} is as it should be.")
+    if not wait_for_changes(cloudformation, change):
+        print(f"Stack {name} in {region} is up to date; nothing to change.")
     else:
-        seen = seen_so_far(cloudformation, made["StackId"])
+        seen = event_ids(cloudformation, made["StackId"])
         cloudformation.execute_change_set(**change)
         end = follow(cloudformation, made["StackId"], seen)
         if end not in ("CREATE_COMPLETE", "UPDATE_COMPLETE", "IMPORT_COMPLETE"):
@@ -80,7 +80,7 @@ def down(settings: dict[str, Any], yes: bool) -> None:
     Raises
     ------
     SystemExit
-        a cluster is up, nobody agreed, or CloudFormation could not
+        a cluster is up, the answer was not yes, or CloudFormation failed
     """
     region, name = settings["region"], settings["stack"]
     residency.require(region, [])
@@ -93,12 +93,14 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         outputs = cloud.outputs(settings)
     except SystemExit:
         outputs = {}
-    if one := cloud.find_cluster(cloud.client("emr", region), settings["cluster"]["Name"]):
-        raise SystemExit(f"infrastructure: cluster {one} is up, in the network of the stack. `make cloud-down` first.")
+    if cluster_id := cloud.find_cluster(cloud.client("emr", region), settings["cluster"]["Name"]):
+        raise SystemExit(
+            f"infrastructure: cluster {cluster_id} is up, in the network of the stack. Run `make cloud-down` first."
+        )
     if not yes and not cloud.confirm(f"Delete stack {name} in {region}: network, roles, everything but the bucket?"):
         raise SystemExit("infrastructure: nothing deleted")
-    let_go(cloud.client("ec2", region), outputs)
-    seen = seen_so_far(cloudformation, stack["StackId"])
+    remove_additions_of_emr(cloud.client("ec2", region), outputs)
+    seen = event_ids(cloudformation, stack["StackId"])
     cloudformation.delete_stack(StackName=name)
     end = follow(cloudformation, stack["StackId"], seen)
     if end != "DELETE_COMPLETE":
@@ -109,10 +111,10 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         print(f'  .venv/bin/python -c "import boto3; {deletion}"')
 
 
-def let_go(ec2: Any, outputs: Mapping[str, str]) -> None:
-    """Remove what EMR has added to our network, which CloudFormation knows nothing of and which would not let it go.
+def remove_additions_of_emr(ec2: Any, outputs: Mapping[str, str]) -> None:
+    """Delete what EMR has added to our network: its own endpoint, and rules by which security groups name one another.
 
-    That is its own endpoint, and the rules by which the security groups name one another.
+    CloudFormation does not know of them, and could not delete the network.
     """
     groups = [value for key, value in outputs.items() if key.endswith("SecurityGroup")]
     if not groups:
@@ -133,7 +135,7 @@ def let_go(ec2: Any, outputs: Mapping[str, str]) -> None:
 
 
 def find(cloudformation: Any, name: str) -> dict[str, Any] | None:
-    """The stack of that name or id, or None where there is none."""
+    """Return the stack of that name or id, or None if there is none."""
     try:
         (stack,) = cloudformation.describe_stacks(StackName=name)["Stacks"]
     except ClientError as error:
@@ -143,13 +145,13 @@ def find(cloudformation: Any, name: str) -> dict[str, Any] | None:
     return dict(stack)
 
 
-def prepared(cloudformation: Any, change: Mapping[str, str]) -> bool:
-    """Wait for the change set; whether there is anything to change.
+def wait_for_changes(cloudformation: Any, change: Mapping[str, str]) -> bool:
+    """Wait for the change set, and return whether it changes anything.
 
     Raises
     ------
     SystemExit
-        with CloudFormation's reason
+        CloudFormation refuses the change; with its reason
     """
     while True:
         found = cloudformation.describe_change_set(**change)
@@ -165,9 +167,9 @@ def prepared(cloudformation: Any, change: Mapping[str, str]) -> bool:
 
 
 def follow(cloudformation: Any, stack_id: str, seen: set[str]) -> str:
-    """Print what happens to the stack's resources, but for the events that were seen, until it is over; how it ends.
+    """Print what happens to the stack's resources, except the events in `seen`; return the state in which it ends.
 
-    The stack goes by its id, as one that is deleted has no name any more.
+    The stack is found by its id, as a deleted one has no name any more.
     """
     while True:
         stack = find(cloudformation, stack_id)
@@ -182,12 +184,12 @@ def follow(cloudformation: Any, stack_id: str, seen: set[str]) -> str:
         time.sleep(WAIT)
 
 
-def seen_so_far(cloudformation: Any, stack_id: str) -> set[str]:
+def event_ids(cloudformation: Any, stack_id: str) -> set[str]:
     return {event["EventId"] for event in events(cloudformation, stack_id)}
 
 
 def events(cloudformation: Any, name: str) -> list[dict[str, Any]]:
-    """What has happened to the stack, oldest first."""
+    """List the events of the stack, oldest first; none if there is no such stack."""
     try:
         pages = cloudformation.get_paginator("describe_stack_events").paginate(StackName=name)
         return [event for page in pages for event in page["StackEvents"]][::-1]

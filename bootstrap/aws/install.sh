@@ -3,14 +3,14 @@
 #
 # usage: install.sh s3://BUCKET/bootstrap/WHEELHOUSE
 #
-# All comes from the project's bucket, each file checked by its SHA-256; no package index is asked, and none can be reached. Should
-# anything be missing, the script fails, and EMR ends the cluster with BOOTSTRAP_FAILURE before a stage has begun: its message is
-# in logs/CLUSTER/node/INSTANCE/bootstrap-actions/1/stderr.gz.
+# All comes from the project's bucket, each file checked by its SHA-256; no package index is asked, and none can be reached. If
+# anything is missing, the script fails, and EMR ends the cluster with BOOTSTRAP_FAILURE before a stage starts. Its message is in
+# logs/CLUSTER/node/INSTANCE/bootstrap-actions/1/stderr.gz.
 set -euo pipefail
 
 wheelhouse=${1:?usage: install.sh s3://BUCKET/bootstrap/WHEELHOUSE}
 target=${FRUITS_HOME:-/opt/fruits}
-python=${PYTHON:-python3.11} # EMR's own python3 is 3.9, and Amazon Linux's: it is left alone
+python=${PYTHON:-python3.11} # EMR's own python3 is 3.9, that of Amazon Linux: it stays as it is
 
 wheels=$(mktemp -d)
 trap 'rm -rf "$wheels"' EXIT
@@ -18,10 +18,10 @@ trap 'rm -rf "$wheels"' EXIT
 aws s3 cp --recursive --only-show-errors "$wheelhouse/" "$wheels"
 sudo mkdir -p "$target"
 sudo "$python" -m venv "$target/venv"
-# --isolated: no setting of the machine adds an index.
+# --isolated: no setting of the machine can add an index.
 sudo "$target/venv/bin/python" -m pip --isolated install --quiet --disable-pip-version-check --no-cache-dir \
   --no-index --find-links "$wheels" --require-hashes --requirement "$wheels/requirements.txt"
 
-# Whoever runs a stage must be able to read it, and what cannot be imported fails here rather than in a task.
+# Any user who runs a stage must be able to read it. A package that cannot be imported fails here, not in a task.
 sudo chmod -R a+rX "$target"
 "$target/venv/bin/python" -c "import ${FRUITS_IMPORTS:-numpy, pandas, PIL, pyarrow, tensorflow, threadpoolctl}"

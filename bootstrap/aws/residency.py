@@ -1,12 +1,12 @@
-"""Refuse, before the first byte leaves, whatever would take data out of the European Union.
+"""Refuse all that would take data out of the European Union, before the first byte leaves.
 
-usage: python -m bootstrap.aws.residency            all buckets, every remote of DVC, what computes
+usage: python -m bootstrap.aws.residency            all buckets, every remote of DVC, all that computes
        python -m bootstrap.aws.residency BUCKET...  these buckets alone
 
-Prints who checked what, when, what was found and the verdict, as a table to file. The exit status is 0 if all stays in the
-EU, 1 if not or if it cannot be known. Region and stack are those of cluster.yaml; no key is ever printed.
+Prints a table to file: who checked what, when, what was found, and the verdict. The exit status is 0 if all stays in the EU,
+and 1 if not or if it cannot be known. Region and stack are those of cluster.yaml; no key is ever printed.
 
-A server on this machine (127.0.0.1, localhost) is let be, as nothing leaves; the table says so.
+A server on this machine (127.0.0.1, localhost) is accepted, as nothing leaves it; the table says so.
 """
 
 import os
@@ -25,7 +25,7 @@ from botocore.parsers import ResponseParserError
 
 from bootstrap.aws import cloud
 
-# By name, as eu-west-2 (London) and eu-central-2 (Zurich) begin with eu- and are not in the EU.
+# A list, not the prefix eu-, with which eu-west-2 (London) and eu-central-2 (Zurich) begin too: they are not in the EU.
 EU = {
     "eu-central-1",
     "eu-north-1",
@@ -38,7 +38,7 @@ EU = {
 SERVICES = ("s3", "sts", "cloudformation", "emr", "emr-serverless")
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
-# What must hold, and what to do where it does not.
+# What must hold, and what to do if it does not.
 REGION = "must be in the EU"
 HOST = "must send to AWS in its region"
 ACCELERATION = "must not be accelerated"
@@ -47,22 +47,22 @@ REPLICATION = "must not be copied elsewhere"
 REMOTE = "must be S3, or on this machine"
 ARN = "must be in the region"
 ADVICE = {
-    REGION: f"Take one of {', '.join(sorted(EU))}: `region` in bootstrap/aws/cluster.yaml, or of the remote.",
+    REGION: f"Set `region` in bootstrap/aws/cluster.yaml, or that of the remote, to one of {', '.join(sorted(EU))}.",
     HOST: "Unset AWS_ENDPOINT_URL and its like, endpoint_url in ~/.aws/config, endpointurl of the remote.",
-    ACCELERATION: "It takes data through points of presence anywhere: suspend it, and unset use_accelerate_endpoint.",
-    LOCATION: "Make a bucket in the region and move there what this one holds, or have its location made readable.",
-    REPLICATION: "Remove the rule of replication, or have the location of its destination made readable.",
-    REMOTE: "`make remote BUCKET=...` sets one on S3; `dvc remote remove NAME` takes this one away.",
-    ARN: "End it, and make it in the region.",
+    ACCELERATION: "It sends data through points of presence anywhere: suspend it, and unset use_accelerate_endpoint.",
+    LOCATION: "Move what it holds to a bucket in the region, or ask for the permission to read its location.",
+    REPLICATION: "Remove the rule of replication, or ask for the permission to read the location of its destination.",
+    REMOTE: "`make remote BUCKET=...` sets one on S3; `dvc remote remove NAME` removes this one.",
+    ARN: "End it, and make another one in the region.",
 }
-# What is not understood, such as the page of a proxy, is not read either.
+# Errors that leave a setting unknown; the last one is of an answer that is not AWS's, such as the page of a proxy.
 UNREADABLE = (ClientError, BotoCoreError, ResponseParserError)
-# How S3 says that a region, or a server, has no such thing at all.
+# Codes by which S3 says that a region, or a server, does not offer a setting at all.
 NOT_OFFERED = {"MethodNotAllowed", "NotImplemented", "XNotImplemented", "UnsupportedArgument", "UnsupportedOperation"}
 
 
 class Finding(NamedTuple):
-    """One line of the table: what was looked at, what must hold, what was found, whether it holds."""
+    """Hold one line of the table: what was checked, what must hold, what was found, whether it holds."""
 
     subject: str
     rule: str
@@ -76,10 +76,10 @@ def main(buckets: list[str]) -> int:
     findings = check(region, buckets, remotes={})
     if not buckets and all(finding.ok for finding in findings):
         outputs = cloud.outputs(settings)
-        computers, logs = compute_findings(settings, outputs)
+        computers, logs = check_computers(settings, outputs)
         kept = urlsplit(os.environ.get("FEATURE_CACHE", ""))
         findings = check(region, [outputs["Bucket"], *logs, *([kept.netloc] if kept.scheme == "s3" else [])]) + computers
-    print(table(findings, region))
+    print(format_table(findings, region))
     return 0 if all(finding.ok for finding in findings) else 1
 
 
@@ -89,32 +89,34 @@ def require(
     services: Iterable[str] = SERVICES,
     remotes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Go on only if all stays in the EU; the parameters are those of check.
+    """Return only if all stays in the EU; the parameters are those of check.
 
     Raises
     ------
     SystemExit
-        with every finding that is against it, and what to do
+        something does not; with each such finding, and what to do
     """
-    against = [finding for finding in check(region, buckets, services, remotes) if not finding.ok]
-    if against:
-        lines = [f"  {subject} {rule}: {found}. {ADVICE[rule]}" for subject, rule, found, _ in against]
+    refused = [finding for finding in check(region, buckets, services, remotes) if not finding.ok]
+    if refused:
+        lines = [f"  {subject} {rule}: {found}. {ADVICE[rule]}" for subject, rule, found, _ in refused]
         raise SystemExit("\n".join(["residency: refused, and nothing was sent:", *lines]))
 
 
 def require_arn(arn: str, region: str) -> None:
-    """Go on only if what computes is in the region that was found to be right; as require."""
+    """Return only if the cluster or application is in the region, which require has accepted; else raise as require does."""
     if (found := arn.split(":")[3]) != region:
-        raise SystemExit(f"residency: refused, and nothing was sent: {arn} is in {found}, and cluster.yaml says {region}")
+        raise SystemExit(
+            f"residency: refused, and nothing was sent: {arn} is in {found}, and cluster.yaml says {region}. {ADVICE[ARN]}"
+        )
 
 
-def compute_findings(settings: dict[str, Any], outputs: Mapping[str, str]) -> tuple[list[Finding], list[str]]:
-    """Where the cluster that is up and the serverless application are, and the buckets that the cluster's logs go to."""
+def check_computers(settings: dict[str, Any], outputs: Mapping[str, str]) -> tuple[list[Finding], list[str]]:
+    """Check where the cluster that is up and the serverless application are; list also the buckets of the cluster's logs."""
     region = settings["region"]
     arns, logs = [], []
     emr = cloud.client("emr", region)
-    if one := cloud.find_cluster(emr, settings["cluster"]["Name"]):
-        about = emr.describe_cluster(ClusterId=one)["Cluster"]
+    if cluster_id := cloud.find_cluster(emr, settings["cluster"]["Name"]):
+        about = emr.describe_cluster(ClusterId=cluster_id)["Cluster"]
         arns.append(about["ClusterArn"])
         logs = [urlsplit(about["LogUri"]).netloc] if about.get("LogUri") else []
     if application := outputs.get("ServerlessApplication"):
@@ -129,9 +131,9 @@ def check(
     services: Iterable[str] = SERVICES,
     remotes: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Finding]:
-    """What was found of the region, the hosts of the services, the buckets and DVC's remotes, in this order.
+    """Check the region, the hosts of the services, the buckets and DVC's remotes, and list the findings in this order.
 
-    A question is put to AWS only once region and hosts are known to be right.
+    AWS is asked nothing before region and hosts are known to be right.
 
     Parameters
     ----------
@@ -139,7 +141,7 @@ def check(
     services : boto3's names of the services that will be called
     remotes : settings of DVC's remotes by name; if None, all those that DVC knows of in the current folder
     """
-    findings = [in_the_eu("region", region)]
+    findings = [check_region("region", region)]
     if not findings[0].ok:
         return findings
     clients = {service: cloud.client(service, region) for service in {"s3": None, **dict.fromkeys(services)}}
@@ -154,43 +156,43 @@ def check(
     return findings
 
 
-def in_the_eu(subject: str, region: str) -> Finding:
-    return Finding(subject, REGION, with_place(region), region in EU)
+def check_region(subject: str, region: str) -> Finding:
+    return Finding(subject, REGION, describe_region(region), region in EU)
 
 
-def with_place(region: str) -> str:
-    """The region with the name that AWS gives it, such as eu-west-2, Europe (London)."""
-    return f"{region}, {places().get(region, 'which is unknown')}{'' if region in EU else ', is not in the EU'}"
+def describe_region(region: str) -> str:
+    """Return the region with AWS's name for it, such as eu-west-3, Europe (Paris), and say if it is not in the EU."""
+    return f"{region}, {region_names().get(region, 'which is unknown')}{'' if region in EU else ', is not in the EU'}"
 
 
 @cache
-def places() -> dict[str, str]:
-    """What AWS calls its regions."""
+def region_names() -> dict[str, str]:
+    """Return AWS's names for its regions."""
     partitions = botocore.session.get_session().get_data("endpoints")["partitions"]
     return {region: about["description"] for partition in partitions for region, about in partition["regions"].items()}
 
 
-def local(client: Any) -> bool:
+def is_local(client: Any) -> bool:
     return urlsplit(client.meta.endpoint_url).hostname in LOOPBACK
 
 
 def check_endpoint(subject: str, client: Any) -> Iterator[Finding]:
-    """Where the client sends what it is given."""
+    """Check where the client sends its requests."""
     url, region = urlsplit(client.meta.endpoint_url), client.meta.region_name
     domain = "amazonaws.eu" if region.startswith("eusc-") else "amazonaws.com"
     own = url.scheme == "https" and f".{url.netloc}".endswith(f".{region}.{domain}")
-    found = f"{url.netloc}, this machine: nothing leaves" if local(client) else client.meta.endpoint_url
-    yield Finding(subject, HOST, found, own or local(client))
+    found = f"{url.netloc}, this machine: nothing leaves" if is_local(client) else client.meta.endpoint_url
+    yield Finding(subject, HOST, found, own or is_local(client))
     if client.meta.service_model.service_name == "s3" and (client.meta.config.s3 or {}).get("use_accelerate_endpoint"):
         yield Finding(subject, ACCELERATION, "use_accelerate_endpoint is set in the configuration of AWS", False)
 
 
 def check_bucket(subject: str, bucket: str, client: Any) -> Iterator[Finding]:
-    """Whether what the bucket holds is, and remains, in the EU."""
+    """Check that what the bucket holds is, and remains, in the EU."""
     if ":" in bucket:
         yield Finding(subject, LOCATION, "an access point, which may lead to many regions, not a bucket", False)
         return
-    found, ok = location(bucket, client)
+    found, ok = locate(bucket, client)
     yield Finding(subject, LOCATION, found, ok)
     if not ok:
         return
@@ -198,48 +200,48 @@ def check_bucket(subject: str, bucket: str, client: Any) -> Iterator[Finding]:
         status = client.get_bucket_accelerate_configuration(Bucket=bucket).get("Status", "none")
         yield Finding(subject, ACCELERATION, status, status != "Enabled")
     except UNREADABLE as error:
-        yield Finding(subject, ACCELERATION, *absent(error, "s3:GetAccelerateConfiguration"))
+        yield Finding(subject, ACCELERATION, *judge_error(error, "s3:GetAccelerateConfiguration"))
     try:
         rules = client.get_bucket_replication(Bucket=bucket)["ReplicationConfiguration"]["Rules"]
     except UNREADABLE as error:
-        yield Finding(subject, REPLICATION, *absent(error, "s3:GetReplicationConfiguration"))
+        yield Finding(subject, REPLICATION, *judge_error(error, "s3:GetReplicationConfiguration"))
         return
     for copy in dict.fromkeys(rule["Destination"]["Bucket"].rpartition(":")[2] for rule in rules):
-        found, ok = location(copy, client)
+        found, ok = locate(copy, client)
         yield Finding(subject, REPLICATION, f"to {copy}: {found}", ok)
 
 
-def location(bucket: str, client: Any) -> tuple[str, bool]:
-    """Where the bucket really lies, and whether that is in the EU."""
+def locate(bucket: str, client: Any) -> tuple[str, bool]:
+    """Return where the bucket lies, by what S3 says, and whether that is in the EU."""
     try:
         stated = client.get_bucket_location(Bucket=bucket)["LocationConstraint"]
     except UNREADABLE as error:
         return unreadable(error, "s3:GetBucketLocation"), False
-    if not stated and local(client):
+    if not stated and is_local(client):
         return "this machine", True
-    region = {"EU": "eu-west-1"}.get(stated, stated or "us-east-1")  # S3's first two regions are not told by name
-    return with_place(region), region in EU
+    region = {"EU": "eu-west-1"}.get(stated, stated or "us-east-1")  # S3 does not give its first two regions by name
+    return describe_region(region), region in EU
 
 
-def absent(error: Exception, permission: str) -> tuple[str, bool]:
-    """What an error says of a setting: that there is none, which is well, or that it cannot be read, which is not."""
-    if code(error) in NOT_OFFERED | {"ReplicationConfigurationNotFoundError"}:
+def judge_error(error: Exception, permission: str) -> tuple[str, bool]:
+    """Return what an error means for a setting, and whether that is right: its absence is, but not that it is unreadable."""
+    if error_code(error) in NOT_OFFERED | {"ReplicationConfigurationNotFoundError"}:
         return "none", True
     return unreadable(error, permission), False
 
 
 def unreadable(error: Exception, permission: str) -> str:
-    if code(error) in ("AccessDenied", "403"):
+    if error_code(error) in ("AccessDenied", "403"):
         return f"cannot be read: you lack the permission {permission}"
     return f"cannot be read: {error}"
 
 
-def code(error: Exception) -> str:
+def error_code(error: Exception) -> str:
     return str(error.response["Error"]["Code"]) if isinstance(error, ClientError) else ""
 
 
 def dvc_remotes() -> dict[str, Any]:
-    """The settings of every remote that DVC knows of here: of the system, the user, the repository, the working copy."""
+    """Read the settings of every remote that DVC knows here: of the system, the user, the repository, the working copy."""
     from dvc import config, fs  # slow to import, and not needed for a bucket
 
     known = config.Config.from_cwd()
@@ -247,35 +249,37 @@ def dvc_remotes() -> dict[str, Any]:
 
 
 def check_remote(subject: str, remote: Mapping[str, Any]) -> Iterator[Finding]:
-    """Whether what DVC pushes to the remote is, and remains, in the EU."""
+    """Check that what DVC pushes to the remote is, and remains, in the EU."""
     url = urlsplit(remote["url"])
     if url.scheme != "s3":
         yield Finding(subject, REMOTE, remote["url"], not url.scheme or url.hostname in LOOPBACK)
         return
     client = dvc_client(remote)
-    findings = [in_the_eu(subject, client.meta.region_name), *check_endpoint(subject, client)]
+    findings = [check_region(subject, client.meta.region_name), *check_endpoint(subject, client)]
     yield from findings
     if all(finding.ok for finding in findings):
         yield from check_bucket(subject, url.netloc, client)
 
 
 def dvc_client(remote: Mapping[str, Any]) -> Any:
-    """A client with the endpoint, region and profile of the one that DVC makes for the remote."""
+    """Make a client with the endpoint, region and profile of the one that DVC makes for the remote."""
     from dvc.fs import get_cloud_fs
 
     filesystem, settings, _ = get_cloud_fs({}, **remote)
-    its = filesystem(**settings).fs_args
-    session = boto3.Session(its.get("key"), its.get("secret"), its.get("token"), profile_name=its.get("profile"))
-    config = cloud.CONFIG.merge(Config(**its.get("config_kwargs", {})))
-    return session.client("s3", use_ssl=its["use_ssl"], config=config, **its.get("client_kwargs", {}))
+    fs_args = filesystem(**settings).fs_args
+    session = boto3.Session(
+        fs_args.get("key"), fs_args.get("secret"), fs_args.get("token"), profile_name=fs_args.get("profile")
+    )
+    config = cloud.CONFIG.merge(Config(**fs_args.get("config_kwargs", {})))
+    return session.client("s3", use_ssl=fs_args["use_ssl"], config=config, **fs_args.get("client_kwargs", {}))
 
 
-def caller(region: str) -> tuple[str, str]:
-    """The account, and the user or role, that the findings are of; no key."""
+def identify_caller(region: str) -> tuple[str, str]:
+    """Return the account, and the user or role, that checks; no key."""
     client = cloud.client("sts", region)
-    if not all(finding.ok for finding in [in_the_eu("region", region), *check_endpoint("service sts", client)]):
+    if not all(finding.ok for finding in [check_region("region", region), *check_endpoint("service sts", client)]):
         return "not asked", "not asked"
-    if local(client):
+    if is_local(client):
         return "none: this machine", "none: this machine"
     try:
         identity = client.get_caller_identity()
@@ -284,13 +288,13 @@ def caller(region: str) -> tuple[str, str]:
     return identity["Account"], identity["Arn"]
 
 
-def table(findings: list[Finding], region: str) -> str:
-    """The findings as text to file: who asked, when, of which account, and the verdict in the last line."""
+def format_table(findings: list[Finding], region: str) -> str:
+    """Format the findings as text to file: who checked, when, which account, and the verdict in the last line."""
     rows = [("subject", "rule", "found", "verdict")]
     rows += [(subject, rule, found, "ok" if ok else "REFUSED") for subject, rule, found, ok in findings]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    against = sum(not finding.ok for finding in findings)
-    account, who = caller(region)
+    n_refused = sum(not finding.ok for finding in findings)
+    account, who = identify_caller(region)
     return "\n".join(
         [
             "Residency of the data: what was checked, and what was found",
@@ -301,7 +305,7 @@ def table(findings: list[Finding], region: str) -> str:
             *("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows),
             "",
             *(f"{rule}: {ADVICE[rule]}" for rule in dict.fromkeys(finding.rule for finding in findings if not finding.ok)),
-            f"REFUSED: {against} of {len(findings)} do not hold" if against else "All stays in the European Union",
+            f"REFUSED: {n_refused} of {len(findings)} do not hold" if n_refused else "All stays in the European Union",
         ]
     )
 

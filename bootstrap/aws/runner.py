@@ -1,14 +1,14 @@
-"""What Amazon's services for Spark share as runners of stages: the bucket, the check of residency, hints.
+"""Connect Amazon's services for Spark to what they share: the bucket, the check of residency, hints.
 
-Inputs go to the project's bucket by their content, once: what is there is not sent again, and what a stage wrote there is
-an input of the next without having been sent at all. The stage runs there as its own file, by spark-submit in client mode;
-its output comes back into the workspace, where DVC expects it, as if it had been written here.
+Inputs go to the project's bucket by the digest of their content, once: what is there is not sent again. What a stage wrote
+there is an input of the next stage without being sent. The stage runs there as its own file, by spark-submit in client mode.
+Its output comes back into the workspace, where DVC expects it.
 
     s3://BUCKET/staging/inputs/DIGEST/      a folder of the workspace, by the SHA-256 of its files
     s3://BUCKET/staging/stages/SHA256/      a stage's file
     s3://BUCKET/staging/runs/WHERE/RUN/     what a run writes, until it has been fetched
     s3://BUCKET/feature-cache/              the cache of the stage featurize, unless FEATURE_CACHE is another s3:// prefix
-    s3://BUCKET/logs/                       what EMR and the stages say
+    s3://BUCKET/logs/                       the logs of EMR and of the stages
 """
 
 import functools
@@ -29,14 +29,14 @@ HINTS = {
 
 
 class Rented(Service, Protocol):
-    """A service of Amazon's: what residency asks about it, besides."""
+    """Add to a Service what the check of residency needs."""
 
     arn: str
     log_uri: str
 
 
 def connect(service_of: Callable[[dict[str, Any], Mapping[str, str]], Rented]) -> Remote:
-    """Find the service and the bucket, once it is known that all of it is in the EU.
+    """Return the Runner made of the service and the bucket, after the check that all of it is in the EU.
 
     Parameters
     ----------
@@ -45,12 +45,12 @@ def connect(service_of: Callable[[dict[str, Any], Mapping[str, str]], Rented]) -
     Raises
     ------
     SystemExit
-        something is elsewhere, is not there, or does not answer
+        something is elsewhere, does not exist, or does not answer
     """
     with cloud.errors_in_words("submit"):
         settings = cloud.settings()
         region = settings["region"]
-        residency.require(region, [], remotes={})  # whom we may ask where data will go
+        residency.require(region, [], remotes={})  # before AWS is asked where data will go
         outputs = cloud.outputs(settings)
         service = service_of(settings, outputs)
         cache = os.environ.get("FEATURE_CACHE", "")

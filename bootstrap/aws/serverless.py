@@ -17,13 +17,14 @@ def connect() -> Runner:
 
 
 class Application:
-    """EMR Serverless: a stage is a job run."""
+    """Run each stage as a job run of EMR Serverless."""
 
     def __init__(self, settings: dict[str, Any], outputs: Mapping[str, str]) -> None:
         self.emr = cloud.client("emr-serverless", settings["region"])
         if "ServerlessApplication" not in outputs:
             raise SystemExit(
-                "submit: the stack has no EMR Serverless application: `make cloud-setup SERVERLESS=yes` adds one."
+                "submit: the stack has no EMR Serverless application. "
+                'Set `Serverless: "true"` in bootstrap/aws/cluster.yaml, then run `make cloud-setup wheelhouse`.'
             )
         self.where, self.role = outputs["ServerlessApplication"], outputs["ServerlessRole"]
         self.arn = self.emr.get_application(applicationId=self.where)["application"]["arn"]
@@ -36,7 +37,7 @@ class Application:
 
     def start(self, name: str, settings: Mapping[str, str], words: list[str]) -> str:
         conf = {**self.conf, **settings}
-        # The same token twice is the same run, also where the answer to the first call was lost.
+        # Two requests with one token start one run, also if the first answer was lost.
         token = hashlib.sha256(f"{name} {len(self._runs(name))}".encode()).hexdigest()
         run = self.emr.start_job_run(
             applicationId=self.where,
@@ -55,7 +56,7 @@ class Application:
             configurationOverrides={
                 "monitoringConfiguration": {"s3MonitoringConfiguration": {"logUri": f"{self.log_uri}/"}},
             },
-            executionTimeoutMinutes=max(math.ceil(hours() * 60), 5),  # it takes no fewer
+            executionTimeoutMinutes=max(math.ceil(hours() * 60), 5),  # the least that the service takes
         )
         return str(run["jobRunId"])
 
