@@ -7,7 +7,7 @@ The table RECOGNISERS has the ways to recognise an image. One more is one pair o
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -213,20 +213,16 @@ def losses(folds: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.DataFrame({"loss": sum(observed) / len(observed), "loss_low": low, "loss_high": high}).dropna()
 
 
-def leak_warning(leak: float, features: float, pixels: float, n_labels: int) -> str | None:
-    """Say why accuracies cannot be trusted, and what to do; None where nothing speaks against them.
-
-    Parameters
-    ----------
-    leak : share of the images that have a near-equal one of their label in the other fold
-    features, pixels : accuracies of the nearest neighbour
-    n_labels : labels tested, by which chance alone recognises 1 / n_labels
-    """
-    beyond = features - 1 / n_labels
-    is_as_well = beyond >= RECOGNISED and pixels - 1 / n_labels >= AS_WELL * beyond
+def leak_warning(metrics: dict[str, Any]) -> str | None:
+    """Say why the accuracies of metrics.json cannot be trusted, and what to do; None where nothing speaks against them."""
+    leak, n_labels = metrics["leak"]["near_equal"], metrics["tested"]["labels"]
+    if not n_labels:
+        return None
+    features, pixels = (metrics["nearest_neighbour"][space] - 1 / n_labels for space in UNREDUCED)  # beyond chance
+    is_as_well = features >= RECOGNISED and pixels >= AS_WELL * features
     if leak <= (MAX_LEAK_OF_PIXELS if is_as_well else MAX_LEAK):
         return None
-    pixels_too = f", and raw pixels recognise {pixels:.1%}, nearly as many as the features" if is_as_well else ""
+    pixels_too = ", and raw pixels recognise nearly as many as the features" if is_as_well else ""
     return (
         f"these accuracies flatter: {leak:.1%} of the images have a near-equal image of their label in the other fold"
         f"{pixels_too}. Set split.near to 0.5, or ingest.group_pattern if the names of files tell the films."
@@ -251,6 +247,14 @@ def most_confused(cells: pd.DataFrame) -> pd.DataFrame:
     """Keep the cells of count_confusions that are errors, those of the most images first."""
     errors = cells[cells["label"] != cells["predicted"]]
     return errors.sort_values(["n_images", "label", "predicted"], ascending=[False, True, True])
+
+
+def recalls(predictions: pd.DataFrame, sample: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:
+    """Tell of each label how many of its images the sample has, and its recall: none if it cannot be tested."""
+    names = pd.Index(sorted(labels), name="label")
+    recall = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"]).mean().round(4)
+    n_images = sample["label"].value_counts().reindex(names, fill_value=0)
+    return pd.DataFrame({"n_images": n_images, "recall": recall.reindex(names)}).reset_index()
 
 
 # Recognisers

@@ -30,7 +30,6 @@ Runs without Spark, in bounded memory: counts come from all images, accuracies f
 import argparse
 import json
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +60,7 @@ from stages.analysis import (
     project,
     read,
     read_moments,
+    recalls,
     resample,
     rounded,
     to_matrix,
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     predictions = pd.DataFrame({name: [] for name in PREDICTIONS})
     accuracy = pd.DataFrame({name: [] for name in ACCURACY})
-    n_groups, warning = sum(fold["hits"]["group"].nunique() for fold in folds), None
+    n_groups = sum(fold["hits"]["group"].nunique() for fold in folds)
     if folds:
         metrics["variance"]["held_out_error"] = rounded(np.mean([fold["held_out_error"] for fold in folds]))
         for name in RECOGNISERS:
@@ -122,13 +122,12 @@ def main(argv: list[str] | None = None) -> None:
             metrics[CURVED] |= own
         if enough := smallest_k(accuracy, n_groups, args.max_loss):
             metrics["variance"]["k_enough"] = enough
-        of_features, of_pixels = (metrics[CURVED][space] for space in UNREDUCED)
-        warning = leak_warning(rounded(leak), of_features, of_pixels, predictions["label"].nunique())
     labels = recalls(predictions, sample, images["label"].unique())
     n_tested = int(labels["recall"].count())
     metrics["tested"] = {"images": len(predictions), "groups": n_groups, "labels": n_tested}
     metrics["tested"]["labels_untested"] = len(labels) - n_tested
-    metrics["leak"] = {"near_equal": rounded(leak), "is_suspected": int(warning is not None)}
+    metrics["leak"] = {"near_equal": rounded(leak)}
+    metrics["leak"]["is_suspected"] = int(leak_warning(metrics) is not None)
     metrics |= unseen(sample)
     tables = {
         "spectrum": spectrum,
@@ -142,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output)
     output.mkdir()
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    said = [*say_images(metrics), *say_accuracies(metrics, labels, warning)]
+    said = [*say_images(metrics), *say_accuracies(metrics, labels)]
     if folds:
         said += [say_loss(accuracy, k, metrics["variance"].get("k_enough"), n_groups, args.max_loss)]
     if "unseen" in metrics:
@@ -218,14 +217,6 @@ def smallest_k(accuracy: pd.DataFrame, n_groups: int, max_loss: float) -> int | 
     return int(enough.min()) if len(enough) and n_groups >= GROUPS else None
 
 
-def recalls(predictions: pd.DataFrame, sample: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:
-    """Tell of each label how many of its images the sample has, and its recall: none if it cannot be tested."""
-    names = pd.Index(sorted(labels), name="label")
-    recall = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"]).mean().round(4)
-    n_images = sample["label"].value_counts().reindex(names, fill_value=0)
-    return pd.DataFrame({"n_images": n_images, "recall": recall.reindex(names)}).reset_index()
-
-
 def unseen(sample: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Measure how often images of a label that is left out are taken for its kind: the mean over such labels.
 
@@ -298,10 +289,10 @@ def say_images(metrics: dict[str, Any]) -> list[str]:
     ]
 
 
-def say_accuracies(metrics: dict[str, Any], labels: pd.DataFrame, warning: str | None) -> list[str]:
+def say_accuracies(metrics: dict[str, Any], labels: pd.DataFrame) -> list[str]:
     counts = metrics["tested"]
     if counts["labels"]:
-        lines = [wrap(f"Warning: {warning}"), ""] if warning else []
+        lines = [wrap(f"Warning: {warning}"), ""] if (warning := leak_warning(metrics)) else []
         lines += [
             "Accuracy, trained on one fold and tested on the other   embedding   features   raw pixels",
             *(

@@ -1,6 +1,7 @@
 """Facts about what the stages share in stages/analysis.py; scikit-learn, and the stage reduce, are the oracles."""
 
 import argparse
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -173,6 +174,12 @@ def test_a_k_that_one_fold_lacks_has_no_loss() -> None:
     assert analysis.losses([hits(9, 2, 0.8, {2: 0.6, 4: 0.7}), hits(9, 2, 0.8, {2: 0.6})]).index.tolist() == [2]
 
 
+def found(leak: float, features: float, pixels: float, n_labels: int) -> dict[str, Any]:
+    """What metrics.json has of it."""
+    accuracies = {"features": features, "pixels": pixels}
+    return {"leak": {"near_equal": leak}, "nearest_neighbour": accuracies, "tested": {"labels": n_labels}}
+
+
 @pytest.mark.parametrize(
     ("leak", "pixels", "is_warned"),
     [
@@ -187,19 +194,23 @@ def test_a_k_that_one_fold_lacks_has_no_loss() -> None:
 def test_near_equal_images_are_warned_of_the_sooner_the_more_raw_pixels_recognise(
     leak: float, pixels: float, is_warned: bool
 ) -> None:
-    assert (analysis.leak_warning(leak, 0.95, pixels, 60) is not None) == is_warned
+    assert (analysis.leak_warning(found(leak, 0.95, pixels, 60)) is not None) == is_warned
 
 
 @pytest.mark.parametrize(("features", "pixels"), [(0.55, 0.55), (0.6, 0.55), (0.9, 0.83)], ids=str)
 def test_raw_pixels_do_as_well_only_by_what_is_recognised_beyond_chance(features: float, pixels: float) -> None:
     # Of two labels, chance alone recognises half. 0.83 is 92 % of 0.9, but 0.33 is 83 % of 0.4.
-    assert analysis.leak_warning(0.1, features, pixels, 2) is None
+    assert analysis.leak_warning(found(0.1, features, pixels, 2)) is None
+
+
+def test_without_accuracies_there_is_nothing_to_warn_of() -> None:
+    assert analysis.leak_warning({"leak": {"near_equal": 0.9}, "tested": {"labels": 0}}) is None
 
 
 def test_a_warning_says_the_figures_and_what_to_do() -> None:
-    warning = analysis.leak_warning(0.978, 1.0, 0.999, 63)
+    warning = analysis.leak_warning(found(0.978, 1.0, 0.999, 63))
     assert warning is not None
-    for words in ("97.8%", "99.9%", "split.near", "ingest.group_pattern"):
+    for words in ("97.8%", "raw pixels", "split.near", "ingest.group_pattern"):
         assert words in warning
 
 
