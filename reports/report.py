@@ -1,6 +1,6 @@
 """Write one page about a run, for people to look at: metrics, charts, pictures.
 
-usage: python -m reports.report INGESTED REDUCED EVALUATION OUTPUT [REVISION...]
+usage: python -m reports.report INGESTED SPLIT REDUCED EVALUATION OUTPUT [REVISION...]
 
 reads   INGESTED/images, INGESTED/quarantine, SPLIT/images, REDUCED/embeddings, EVALUATION
         and, through DVC, the charts of dvc.yaml and the experiments of this commit
@@ -31,7 +31,7 @@ import pyarrow.dataset as ds
 import vl_convert
 from PIL import Image
 
-from stages.analysis import RECOGNISERS, SPACES, count_confusions, most_confused, read
+from stages.analysis import RECOGNISERS, SPACES, count_confusions, leak_warning, most_confused, read
 
 LABELLED = ("label", "image_id", "path")
 FOLDS = ("path", "fold")
@@ -53,20 +53,37 @@ MEANINGS = {
 METRICS = (
     ("images.images", "{:,}", "photographs in the tables, each of them a row"),
     ("images.labels", "{:,}", "labels, which are the folders"),
-    ("images.groups", "{:,}", "groups: films of one object, whose frames are nearly equal"),
+    ("images.groups", "{:,}", "groups of nearly equal photographs, such as the frames of one film"),
     ("images.quarantined", "{:,}", "files that were refused; they are listed below with the reason"),
     ("images.duplicates", "{:,}", "photographs whose content another one has; they cost no second pass of the network"),
     ("images.label_conflicts", "{:,}", "photographs that lie under two labels: one of the two is wrong"),
     ("variance.components", "{:,}", "k, the components that are kept of each feature vector"),
     ("variance.explained", "{:.1%}", "of the variance of the features is in these components"),
-    ("variance.held_out_error", "{:.1%}", "of the variance of films that PCA has not seen is lost with so many components"),
+    ("variance.held_out_error", "{:.1%}", "of the variance of groups that PCA has not seen is lost by as many components"),
     ("variance.k95", "{:,}", "components would keep 95 % of the variance"),
-    ("variance.k_enough", "{:,}", "components are enough: the fewest tried whose accuracy may be that of all features"),
+    (
+        "variance.k_enough",
+        "{:,}",
+        "components are enough: the fewest tried whose accuracy is surely near that of all features",
+    ),
+    (
+        "nearest_neighbour.loss",
+        "{:.1%}",
+        "is the loss of accuracy by the nearest neighbour of k components against all features",
+    ),
+    ("nearest_neighbour.loss_high", "{:.1%}", "may be lost: the upper end of the 95 % interval of that loss"),
+    ("tested.images", "{:,}", "photographs are tested: every accuracy is on them"),
+    ("tested.labels_untested", "{:,}", "labels cannot be tested, as they need photographs of two groups"),
+    ("leak.near_equal", "{:.1%}", "of the photographs have a nearly equal one of their label in the other fold"),
     *(
         (f"{name}.{space}", "{:.1%}", f"of the images are recognised by the {recogniser.title} with {MEANINGS[space]}")
         for name, recogniser in RECOGNISERS.items()
         for space in SPACES
     ),
+    ("unseen.accuracy", "{:.1%}", "of the photographs of a label that is left out are taken for its kind, such as Cherry"),
+    ("unseen.low", "{:.1%}", "is the lower end of the 95 % interval of that share"),
+    ("unseen.high", "{:.1%}", "is its upper end"),
+    ("unseen.labels", "{:,}", "labels were left out in turn, each with siblings of its kind"),
 )
 # What experiments are compared by: parameter or metric, heading, format.
 EXPERIMENTS = (
@@ -74,15 +91,18 @@ EXPERIMENTS = (
     ("reduce.scale", "scale", "{}"),
     ("variance.components", "k", "{:g}"),
     ("variance.explained", "variance kept", "{:.1%}"),
-    ("variance.held_out_error", "lost of unseen films", "{:.1%}"),
+    ("variance.held_out_error", "lost of unseen groups", "{:.1%}"),
     *((f"{name}.embedding", recogniser.title, "{:.1%}") for name, recogniser in RECOGNISERS.items()),
+    ("nearest_neighbour.loss", "loss", "{:.1%}"),
+    ("nearest_neighbour.loss_high", "loss, at most", "{:.1%}"),
     ("variance.k_enough", "k that is enough", "{:g}"),
 )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    (metrics,) = pd.json_normalize(json.loads(Path(args.evaluation, "metrics.json").read_text())).to_dict("records")
+    found = json.loads(Path(args.evaluation, "metrics.json").read_text())
+    (metrics,) = pd.json_normalize(found).to_dict("records")
     predictions = pd.read_csv(Path(args.evaluation, "predictions.csv"), keep_default_na=False)  # NA may be a label
     images = f"{args.ingested}/images"
 
@@ -98,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     text = templates.get_template("report.html.jinja").render(
         metrics=[(text.format(metrics[name]), name, said) for name, text, said in METRICS if name in metrics],
+        warning=leak_warning(found),
         n_images=metrics["images.images"],
         n_labels=metrics["images.labels"],
         k=metrics["variance.components"],

@@ -7,7 +7,7 @@ The table RECOGNISERS has the ways to recognise an image. One more is one pair o
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,6 +26,15 @@ MOMENTS = ("fold", "n", "mean", "scatter")
 UNREDUCED = ("features", "pixels")  # the spaces that no k changes
 SPACES = ("embedding", *UNREDUCED)
 ROWS = 1024  # of a distance matrix, at once
+DRAWS = 2000  # of the bootstrap
+INTERVAL = (0.025, 0.975)
+# Of an accuracy, a leak explains as much as its share of the images at most. From here on that is too much ...
+MAX_LEAK = 0.2
+# ... and from here on if raw pixels recognise nearly as well as features. Without near-equal images, they may: labels that
+# differ in plain colour are easy.
+MAX_LEAK_OF_PIXELS = 0.05
+AS_WELL = 0.9  # pixels as features: the share of what either recognises beyond chance
+RECOGNISED = 0.1  # by the features beyond chance, at least, or there is nothing to compare
 
 
 class Moments(NamedTuple):
@@ -146,6 +155,80 @@ def project(features: np.ndarray, basis: Basis) -> np.ndarray:
     return (((features - basis.mean) / basis.scale) @ basis.components.T).astype(np.float32)
 
 
+def held_out_error(test: Moments, basis: Basis, k: int) -> float:
+    """Compute the share of the test fold's variance about the training fold's mean that k components lose.
+
+    It is exact, and of all images.
+    """
+    shift = (test.mean - basis.mean) / basis.scale
+    about = test.scatter / np.outer(basis.scale, basis.scale) + test.n * np.outer(shift, shift)
+    components = basis.components[:k]
+    kept = np.einsum("kd,kd->", components @ about, components)
+    return float(1 - kept / np.trace(about))
+
+
+# Confidence
+
+
+def resample(sums: np.ndarray, sizes: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Draw as many units as there are, such as groups, with replacement, and divide their sums by their sizes.
+
+    Parameters
+    ----------
+    sums : of each unit, array of shape (n_units, n_columns)
+    sizes : of each unit, array of shape (n_units,)
+
+    Returns
+    -------
+    float64 array of shape (DRAWS, n_columns); the INTERVAL of a column is that of the bootstrap (Efron and Tibshirani 1993,
+    "An introduction to the bootstrap", 8.5)
+    """
+    chosen = random.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=DRAWS)
+    return chosen @ sums / (chosen @ sizes)[:, None]
+
+
+def losses(folds: list[pd.DataFrame]) -> pd.DataFrame:
+    """Compute what the first k components lose of the full space's accuracy, the mean of the folds, with its interval.
+
+    Parameters
+    ----------
+    folds
+        for each fold a row an image tested: its group, and whether it was recognised in the full space (column features)
+        and by the first k components (column k, for each k)
+
+    Returns
+    -------
+    loss, loss_low, loss_high by k, for those k that all folds have
+    """
+    random = np.random.default_rng(0)
+    draws, observed = [], []
+    for hits in folds:
+        by_group = hits.assign(n=1).groupby("group").sum()
+        lost = -by_group.drop(columns=["features", "n"]).sub(by_group["features"], axis=0)
+        sizes = by_group["n"].to_numpy()
+        draws.append(pd.DataFrame(resample(lost.to_numpy(), sizes, random), columns=lost.columns))
+        observed.append(lost.sum() / sizes.sum())
+    mean = sum(draws) / len(draws)
+    low, high = (mean.quantile(each) for each in INTERVAL)
+    return pd.DataFrame({"loss": sum(observed) / len(observed), "loss_low": low, "loss_high": high}).dropna()
+
+
+def leak_warning(metrics: dict[str, Any]) -> str | None:
+    """Say why the accuracies of metrics.json cannot be trusted, and what to do; None where nothing speaks against them."""
+    leak, n_labels = metrics["leak"]["near_equal"], metrics["tested"]["labels"]
+    if not n_labels:
+        return None
+    features, pixels = (metrics["nearest_neighbour"][space] - 1 / n_labels for space in UNREDUCED)  # beyond chance
+    is_as_well = features >= RECOGNISED and pixels >= AS_WELL * features
+    if leak <= (MAX_LEAK_OF_PIXELS if is_as_well else MAX_LEAK):
+        return None
+    pixels_too = ", and raw pixels recognise nearly as many as the features" if is_as_well else ""
+    return (
+        f"these accuracies flatter: {leak:.1%} of the images have a near-equal image of their label in the other fold"
+        f"{pixels_too}. Set split.near to 0.5, or ingest.group_pattern if the names of files tell the films."
+    )
+
+
 # Confusions
 
 
@@ -166,14 +249,30 @@ def most_confused(cells: pd.DataFrame) -> pd.DataFrame:
     return errors.sort_values(["n_images", "label", "predicted"], ascending=[False, True, True])
 
 
+def recalls(predictions: pd.DataFrame, sample: pd.DataFrame, labels: Iterable[str]) -> pd.DataFrame:
+    """Tell of each label how many of its images the sample has, and its recall: none if it cannot be tested."""
+    names = pd.Index(sorted(labels), name="label")
+    recall = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"]).mean().round(4)
+    n_images = sample["label"].value_counts().reindex(names, fill_value=0)
+    return pd.DataFrame({"n_images": n_images, "recall": recall.reindex(names)}).reset_index()
+
+
 # Recognisers
 
 
-def nearest(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Find the row of train that is nearest to each row of test (Euclidean), the first of equals: int array, (n_test,)."""
+def nearest(train: np.ndarray, test: np.ndarray, unlike: tuple[np.ndarray, np.ndarray] | None = None) -> np.ndarray:
+    """Find the row of train that is nearest to each row of test (Euclidean), the first of equals: int array, (n_test,).
+
+    With unlike, a number of each row of train and of each of test, rows of an equal number are passed over.
+    """
     squares = (train**2).sum(axis=1)
-    parts = [test[start : start + ROWS] for start in range(0, len(test), ROWS)]
-    return np.concatenate([(squares - 2 * some @ train.T).argmin(axis=1) for some in parts])
+    found = [np.zeros(0, int)]
+    for some in (slice(start, start + ROWS) for start in range(0, len(test), ROWS)):
+        distances = squares - 2 * test[some] @ train.T
+        if unlike:
+            distances[unlike[1][some, None] == unlike[0]] = np.inf
+        found.append(distances.argmin(axis=1))
+    return np.concatenate(found)
 
 
 def fit_nearest_neighbour(train: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

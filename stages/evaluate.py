@@ -1,6 +1,6 @@
 """evaluate: what the reduction costs, told by tests that do not flatter.
 
-usage: python -m stages.evaluate INGESTED FEATURES SPLIT COVARIANCE BASELINE REDUCED OUTPUT --curve 2 4 8 16
+usage: python -m stages.evaluate INGESTED FEATURES SPLIT COVARIANCE BASELINE REDUCED OUTPUT --curve 2 4 8 16 --max_loss 0.02
 
 reads   INGESTED/quarantine, FEATURES, SPLIT, COVARIANCE, BASELINE, REDUCED
 writes  OUTPUT/metrics.json     counts, explained variance, accuracies
@@ -9,23 +9,27 @@ writes  OUTPUT/metrics.json     counts, explained variance, accuracies
         OUTPUT/accuracy.csv     k, embedding, features, pixels: accuracy of the nearest neighbour;
                                 loss, loss_low, loss_high: features minus embedding, with its 95 % interval;
                                 is_kept: whether k is the one of REDUCED
-        OUTPUT/labels.csv       label, n_images, recall
+        OUTPUT/labels.csv       label, n_images, recall; none of a label that cannot be tested
         OUTPUT/confusion.csv    label, predicted, n_images, share of those of the label; the labels most often confused
         OUTPUT/predictions.csv  path, label, predicted, nearest: each image tested, and its nearest neighbour in the
                                 embedding, with that one's label
         OUTPUT/points.csv       path, label, component_1, component_2: some images in the plane of most variance
 
 Photographs of one object from one side are nearly equal, so a random split measures nothing. Here a group of them is in one
-fold only. All is fitted on one fold, PCA too, and tested on the other, then the other way round. The accuracies of the full
-feature space and of 16 x 16 raw pixels, the floor, stand beside that of the embedding. A bootstrap over groups tells how
-much of a difference is chance (Efron and Tibshirani 1993, "An introduction to the bootstrap", 8.5). If it drew the images of
-a group one by one, as if each were news, the interval would be far too narrow.
+fold only; a label that is one group cannot be tested, and is named. All is fitted on one fold, PCA too, and tested on the
+other, then the other way round. The accuracies of the full feature space and of 16 x 16 raw pixels, the floor, stand beside
+that of the embedding. A bootstrap over groups tells how much of a difference is chance. If it drew the images of a group one
+by one, as if each were news, the interval would be far too narrow.
+
+Labels that are siblings tell more: whether the images of a label that is left out are taken for its kind. And the evaluation
+checks itself: near-equal images in both folds, or raw pixels that do too well, end in a warning.
 
 Runs without Spark, in bounded memory: counts come from all images, accuracies from those of BASELINE.
 """
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +40,28 @@ import pyarrow.dataset as ds
 from tqdm import tqdm
 
 from stages.analysis import (
+    INTERVAL,
     PREDICTED,
     RECOGNISERS,
     SPACES,
     UNREDUCED,
-    Basis,
     Moments,
     between,
     count_confusions,
     first_rows,
     fit_basis,
+    held_out_error,
     in_both_folds,
+    leak_warning,
+    losses,
     most_confused,
     nearest,
     of_share,
     project,
     read,
     read_moments,
+    recalls,
+    resample,
     rounded,
     to_matrix,
     train_and_test,
@@ -60,18 +69,21 @@ from stages.analysis import (
 
 SPLIT = ("image_id", "label", "group", "fold")
 VECTORS = ("image_id", "features")
-BASELINE = ("image_id", "path", "label", "group", "fold", *PREDICTED)
+LEAK = ("leak",)
+BASELINE = ("image_id", "path", "label", "group", "fold", *PREDICTED, "kind", "kind_nearest_neighbour")
 SPECTRUM = ("component", "explained_variance_ratio", "cumulative_explained_variance_ratio")
 SETTINGS = ("k", "scale")
 EMBEDDINGS = ("path", "label", "embedding")
 THRESHOLDS = (0.80, 0.90, 0.95, 0.99)
 ROUNDING = 1e-12  # of a sum of shares
-DRAWS = 2000  # of the bootstrap
 POINTS = 2000  # of a plot; more are a blot
 CONFUSED = 20  # labels of a confusion matrix that can be read
 CURVED = "nearest_neighbour"  # the recogniser of the curve
-INTERVAL = (0.025, 0.975)
-ACCURACY = ("k", *SPACES, "loss", "loss_low", "loss_high", "is_kept")
+GROUPS = 10  # tested, at least, for an interval to mean anything: of one group, it is a point
+NAMED = 10  # labels of the summary, at most
+WIDTH = 120  # of its lines
+LOSS = ("loss", "loss_low", "loss_high")
+ACCURACY = ("k", *SPACES, *LOSS, "is_kept")
 PREDICTIONS = ("path", "label", "predicted", "nearest")
 
 
@@ -81,6 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     (settings,) = read(f"{args.reduced}/model/settings", SETTINGS).to_pylist()
     k, scale = settings["k"], settings["scale"]
     images = read(f"{args.split}/images", SPLIT).to_pandas()
+    check_groups(images, args.split)
+    (leak,) = read(f"{args.split}/settings", LEAK)["leak"].to_pylist()
     moments = read_moments(args.covariance)
     sample, features = read_sample(args.baseline, args.features)
 
@@ -95,21 +109,30 @@ def main(argv: list[str] | None = None) -> None:
     }
     predictions = pd.DataFrame({name: [] for name in PREDICTIONS})
     accuracy = pd.DataFrame({name: [] for name in ACCURACY})
+    n_groups = sum(fold["hits"]["group"].nunique() for fold in folds)
     if folds:
         metrics["variance"]["held_out_error"] = rounded(np.mean([fold["held_out_error"] for fold in folds]))
         for name in RECOGNISERS:
             metrics[name] = {space: rounded(np.mean([fold["scores"][name][space] for fold in folds])) for space in SPACES}
-        metrics["tested"] = {"images": sum(len(fold["predictions"]) for fold in folds), "folds": len(folds)}
         predictions = pd.concat([fold["predictions"] for fold in folds]).sort_values("path")
         curve = pd.concat([fold["curve"] for fold in folds]).groupby("k").mean()
         accuracy = curve.join(losses([fold["hits"] for fold in folds])).round(4).reset_index()
         accuracy["is_kept"] = (accuracy["k"] == k).astype(int)
-        metrics["variance"]["k_enough"] = smallest_k(accuracy)
-    hits = (predictions["label"] == predictions["predicted"]).groupby(predictions["label"])
+        for own in accuracy.loc[accuracy["k"] == k, list(LOSS)].dropna().to_dict("records"):
+            metrics[CURVED] |= own
+        if enough := smallest_k(accuracy, n_groups, args.max_loss):
+            metrics["variance"]["k_enough"] = enough
+    labels = recalls(predictions, sample, images["label"].unique())
+    n_tested = int(labels["recall"].count())
+    metrics["tested"] = {"images": len(predictions), "groups": n_groups, "labels": n_tested}
+    metrics["tested"]["labels_untested"] = len(labels) - n_tested
+    metrics["leak"] = {"near_equal": rounded(leak)}
+    metrics["leak"]["is_suspected"] = int(leak_warning(metrics) is not None)
+    metrics |= unseen(sample)
     tables = {
         "spectrum": spectrum,
         "accuracy": accuracy,
-        "labels": hits.agg(n_images="size", recall="mean").round(4).reset_index(),
+        "labels": labels,
         "confusion": confusion(predictions),
         "predictions": predictions,
         "points": read_points(args.reduced, len(images)),
@@ -118,10 +141,26 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output)
     output.mkdir()
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    (output / "summary.txt").write_text(summary(metrics, args.features, args.reduced))
+    said = [*say_images(metrics), *say_accuracies(metrics, labels)]
+    if folds:
+        said += [say_loss(accuracy, k, metrics["variance"].get("k_enough"), n_groups, args.max_loss)]
+    if "unseen" in metrics:
+        said += [say_unseen(**metrics["unseen"])]
+    said += ["", f"features: {args.features}   model and embeddings: {args.reduced}"]
+    (output / "summary.txt").write_text("\n".join(said) + "\n")
     for name, table in tables.items():
         table.to_csv(output / f"{name}.csv", index=False)
     print(f"evaluate: {len(predictions):,} images tested, k={k}")
+
+
+def check_groups(images: pd.DataFrame, split: str) -> None:
+    """End the run if a group is in both folds."""
+    n_folds = images.groupby("group")["fold"].nunique()
+    if (both := n_folds.index[n_folds > 1]).size:
+        raise SystemExit(
+            f"evaluate: {len(both):,} of {len(n_folds):,} groups are in both folds, such as {both[0]}: what is tested was "
+            f"trained on; run the stage that writes {split} again"
+        )
 
 
 def evaluate_fold(
@@ -172,49 +211,25 @@ def evaluate_fold(
     }
 
 
-def held_out_error(test: Moments, basis: Basis, k: int) -> float:
-    """Compute the share of the test fold's variance about the training fold's mean that k components lose.
+def smallest_k(accuracy: pd.DataFrame, n_groups: int, max_loss: float) -> int | None:
+    """Find the fewest components that surely lose max_loss at most; None if there are none, or if too few groups tell."""
+    enough = accuracy.loc[accuracy["loss_high"] <= max_loss, "k"]
+    return int(enough.min()) if len(enough) and n_groups >= GROUPS else None
 
-    It is exact, and of all images.
+
+def unseen(sample: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Measure how often images of a label that is left out are taken for its kind: the mean over such labels.
+
+    The interval is over labels, as images of one say the same. Nothing if no label has a sibling.
     """
-    shift = (test.mean - basis.mean) / basis.scale
-    about = test.scatter / np.outer(basis.scale, basis.scale) + test.n * np.outer(shift, shift)
-    components = basis.components[:k]
-    kept = np.einsum("kd,kd->", components @ about, components)
-    return float(1 - kept / np.trace(about))
-
-
-def losses(folds: list[pd.DataFrame]) -> pd.DataFrame:
-    """Compute what the first k components lose of the full space's accuracy, the mean of the folds, with its interval.
-
-    Parameters
-    ----------
-    folds
-        for each fold a row an image tested: its group, and whether it was recognised in the full space (column features)
-        and by the first k components (column k, for each k)
-
-    Returns
-    -------
-    loss, loss_low, loss_high by k, for those k that all folds have
-    """
-    random = np.random.default_rng(0)
-    draws, observed = [], []
-    for hits in folds:
-        by_group = hits.assign(n=1).groupby("group").sum()
-        lost = -by_group.drop(columns=["features", "n"]).sub(by_group["features"], axis=0)
-        chosen = random.multinomial(len(lost), np.full(len(lost), 1 / len(lost)), size=DRAWS)
-        sizes = by_group["n"].to_numpy()
-        draws.append(pd.DataFrame(chosen @ lost.to_numpy() / (chosen @ sizes)[:, None], columns=lost.columns))
-        observed.append(lost.sum() / sizes.sum())
-    mean = sum(draws) / len(draws)
-    low, high = (mean.quantile(each) for each in INTERVAL)
-    return pd.DataFrame({"loss": sum(observed) / len(observed), "loss_low": low, "loss_high": high}).dropna()
-
-
-def smallest_k(accuracy: pd.DataFrame) -> int:
-    """Find the fewest components of the curve that cannot be told from the full space; the most, if all can be."""
-    enough = accuracy.loc[accuracy["loss_low"] <= 0, "k"]
-    return int(enough.min() if len(enough) else accuracy["k"].max())
+    left_out = sample.dropna(subset=["kind_nearest_neighbour"])
+    if left_out.empty:
+        return {}
+    recall = (left_out["kind"] == left_out["kind_nearest_neighbour"]).groupby(left_out["label"]).mean().to_numpy()
+    draws = resample(recall[:, None], np.ones(len(recall)), np.random.default_rng(0))
+    low, high = np.quantile(draws, INTERVAL)
+    shares = {"accuracy": rounded(recall.mean()), "low": rounded(low), "high": rounded(high)}
+    return {"unseen": {**shares, "labels": len(recall), "kinds": left_out["kind"].nunique()}}
 
 
 def confusion(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -263,46 +278,70 @@ def variance(cumulative: np.ndarray, k: int) -> dict[str, float]:
     return {"components": k, "explained": rounded(cumulative[k - 1]), **needed}
 
 
-def summary(metrics: dict[str, Any], features: str, reduced: str) -> str:
-    """Say the metrics in words."""
+def say_images(metrics: dict[str, Any]) -> list[str]:
     images, kept = metrics["images"], metrics["variance"]
-    lines = [
+    return [
         f"{images['images']:,} images of {images['labels']:,} labels ({images['quarantined']:,} files quarantined, "
         f"{images['duplicates']:,} duplicates, {images['label_conflicts']:,} of them under two labels)",
         f"{kept['components']:,} components keep {kept['explained']:.1%} of the variance "
         f"(80 %: {kept['k80']:,}, 90 %: {kept['k90']:,}, 95 %: {kept['k95']:,}, 99 %: {kept['k99']:,})",
         "",
     ]
-    if "tested" not in metrics:
-        lines.append("No accuracy: the folds have no label in common, or one is empty; see docs/figures.md.")
-    else:
+
+
+def say_accuracies(metrics: dict[str, Any], labels: pd.DataFrame) -> list[str]:
+    counts = metrics["tested"]
+    if counts["labels"]:
+        lines = [wrap(f"Warning: {warning}"), ""] if (warning := leak_warning(metrics)) else []
         lines += [
             "Accuracy, trained on one fold and tested on the other   embedding   features   raw pixels",
             *(
                 f"  {recogniser.title:<52}" + "".join(f"{metrics[name][space]:>11.1%}" for space in SPACES)
                 for name, recogniser in RECOGNISERS.items()
             ),
-            "",
-            f"k = {kept['k_enough']:,} is enough: the smallest of those tried whose accuracy may be that of the features",
+            f"tested: {counts['images']:,} images of {counts['labels']:,} of {len(labels):,} labels",
         ]
-    lines += ["", f"features: {features}   model and embeddings: {reduced}"]
-    return "\n".join(lines) + "\n"
+    else:
+        lines = ["No accuracy: no label has images in both folds; see docs/figures.md."]
+    if names := labels.loc[labels["recall"].isna(), "label"].tolist():
+        more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+        lines.append(wrap(f"not tested, as a label needs images of two groups: {', '.join(names[:NAMED])}{more}"))
+    return [*lines, ""]
+
+
+def wrap(text: str) -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
+def say_loss(accuracy: pd.DataFrame, k: int, k_enough: int | None, n_groups: int, max_loss: float) -> str:
+    rows = accuracy.set_index("k")[list(LOSS)]
+    loss, low, high = (round(100 * each, 1) + 0.0 for each in rows.reindex([k_enough or k]).iloc[0])  # + 0.0: not -0.0
+    lost = f"{loss} points of the features' accuracy (95 % interval {low} to {high}; {100 * max_loss:g} are allowed)"
+    if k_enough:
+        return f"k = {k_enough:,} is enough: its loss is {lost}"
+    own = f"k = {k:,} has no loss, as a fold has fewer components" if np.isnan(loss) else f"the loss of k = {k:,} is {lost}"
+    if n_groups >= GROUPS and (rows["loss_low"].dropna() > max_loss).all():
+        return f"No k tried is enough: {own}"
+    return f"{n_groups:,} groups are too few to tell which k is enough: {own}"
+
+
+def say_unseen(accuracy: float, low: float, high: float, labels: int, kinds: int) -> str:
+    return (
+        f"Of a label that is left out, {accuracy:.1%} of the images are taken for its kind "
+        f"(95 % interval {low:.1%} to {high:.1%}; {labels:,} labels of {kinds:,} kinds)"
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ingested")
-    parser.add_argument("features")
-    parser.add_argument("split")
-    parser.add_argument("covariance")
-    parser.add_argument("baseline")
-    parser.add_argument("reduced")
-    parser.add_argument("output")
+    for place in ("ingested", "features", "split", "covariance", "baseline", "reduced", "output"):
+        parser.add_argument(place)
     parser.add_argument(
         "--curve", type=between(int, 1, 100_000), nargs="+", required=True, help="k, for the curve of accuracy"
     )
+    parser.add_argument("--max_loss", type=between(float, 0, 1), required=True, help="accuracy that an enough k may lose")
     return parser.parse_args(argv)
 
 

@@ -99,12 +99,28 @@ def moments_of(features: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     return len(wide), wide.mean(axis=0), np.cov(wide, rowvar=False, ddof=0) * len(wide)
 
 
-def write_inputs(folder: Path, images: pd.DataFrame, k: int, scale: str = "none", n_quarantined: int = 0) -> list[str]:
+def write_split(folder: Path, images: pd.DataFrame, leak: float = 0.0) -> None:
+    """What ingest, featurize and split write for these images, but for the quarantine."""
+    write(images.drop(columns=["features", "group", "fold"]), folder / "ingested" / "images")
+    write(images.drop(columns=["thumbnail", "group", "fold"]), folder / "features")
+    write(images.drop(columns=["features", "thumbnail"]), folder / "split" / "images")
+    write(pd.DataFrame({"leak": [leak]}), folder / "split" / "settings")
+
+
+def run_baseline(folder: Path, max_images: int = 1000, output: str = "baseline") -> pd.DataFrame:
+    """Run the stage in a folder that write_split has written, and read its table."""
+    places = [str(folder / name) for name in ("ingested", "features", "split", output)]
+    baseline.main([*places, "--max_images", str(max_images), "--kind_pattern", PARAMS["baseline"]["kind_pattern"]])
+    return pq.read_table(places[-1]).to_pandas()
+
+
+def write_inputs(
+    folder: Path, images: pd.DataFrame, k: int, scale: str = "none", n_quarantined: int = 0, leak: float = 0.0
+) -> list[str]:
     """What the stages before write for these images; the places that evaluate takes."""
-    write(images.drop(columns="features"), folder / "ingested" / "images")
+    write_split(folder, images, leak)
     quarantine = pd.DataFrame({"path": [f"bad/{i}.jpg" for i in range(n_quarantined)]}, dtype=object)
     write(quarantine, folder / "ingested" / "quarantine")
-    write(images.drop(columns="thumbnail"), folder / "features")
     moments = {fold: moments_of(np.stack(rows["features"])) for fold, rows in images.groupby("fold")}
     lower = np.tril_indices(N_FEATURES)
     rows = [(fold, n, mean.tobytes(), scatter[lower].tobytes()) for fold, (n, mean, scatter) in moments.items()]
@@ -119,14 +135,15 @@ def write_inputs(folder: Path, images: pd.DataFrame, k: int, scale: str = "none"
     write(pd.DataFrame({"k": [k], "scale": [scale]}), model / "settings")
     embeddings = reduce.project(np.stack(images["features"]), pca.mean, pca.scale, pca.components[:k])
     write(images[["image_id", "path", "label"]].assign(embedding=embeddings.tolist()), folder / "reduced" / "embeddings")
-    places = [str(folder / name) for name in ("ingested", "features", "baseline")]
-    baseline.main([*places, "--max_images", "1000"])
-    return [str(folder / name) for name in ("ingested", "features", "covariance", "baseline", "reduced")]
+    run_baseline(folder)
+    return [str(folder / name) for name in ("ingested", "features", "split", "covariance", "baseline", "reduced")]
 
 
-def run_evaluate(inputs: list[str], output: Path, curve: tuple[int, ...] = (1, 2, 4, 64)) -> dict[str, Any]:
+def run_evaluate(
+    inputs: list[str], output: Path, curve: tuple[int, ...] = (1, 2, 4, 64), max_loss: float = 0.02
+) -> dict[str, Any]:
     """Run the stage and return metrics.json."""
-    evaluate.main([*inputs, str(output), "--curve", *map(str, curve)])
+    evaluate.main([*inputs, str(output), "--curve", *map(str, curve), "--max_loss", str(max_loss)])
     return json.loads((output / "metrics.json").read_text())
 
 

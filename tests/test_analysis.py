@@ -1,8 +1,10 @@
 """Facts about what the stages share in stages/analysis.py; scikit-learn, and the stage reduce, are the oracles."""
 
 import argparse
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
@@ -37,6 +39,20 @@ def test_the_nearest_row_is_that_of_scikit_learn(n_test: int) -> None:
 def test_of_equally_near_images_the_first_counts() -> None:
     train = np.array([[1, 0], [0, 1], [1, 0]], np.float32)
     assert analysis.nearest(train, np.zeros((1, 2), np.float32)).tolist() == [0]
+
+
+def test_rows_of_an_equal_number_are_passed_over() -> None:
+    random = np.random.default_rng(0)
+    train, test, of_train, of_test = (
+        random.normal(size=(60, 8)),
+        random.normal(size=(2500, 8)),
+        *(random.integers(0, 4, n) for n in (60, 2500)),
+    )
+    found = analysis.nearest(train, test, (of_train, of_test))
+    for number in range(4):
+        others = np.flatnonzero(of_train != number)
+        expected = KNeighborsClassifier(1).fit(train[others], others).predict(test[of_test == number])
+        np.testing.assert_array_equal(found[of_test == number], expected)
 
 
 @pytest.mark.parametrize("recogniser", analysis.RECOGNISERS)
@@ -107,6 +123,95 @@ def test_a_fold_of_few_images_has_one_component_less_than_images() -> None:
 
 def test_a_fold_of_one_image_still_has_a_component() -> None:
     assert basis_of(np.stack(make_images(1)["features"])).components.shape == (1, N_FEATURES)
+
+
+@pytest.mark.parametrize("scale", ["none", "standard"])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_the_held_out_error_is_the_direct_sum_over_all_rows(k: int, scale: str) -> None:
+    train, test = np.split(np.stack(make_images(100)["features"]).astype(np.float64), [45])
+    moments = [analysis.Moments(*moments_of(rows)) for rows in (train, test)]
+    scaler = StandardScaler(with_std=scale == "standard").fit(train)
+    pca = PCA(k, svd_solver="full").fit(scaler.transform(train))
+    rows = scaler.transform(test)
+    lost = np.sum((rows - pca.inverse_transform(pca.transform(rows))) ** 2)
+    basis = analysis.fit_basis(moments[0], scale, k)
+    # 1e-10: both are shares of 1 in float64; one is a difference of sums, the other a sum of differences.
+    assert analysis.held_out_error(moments[1], basis, k) == pytest.approx(lost / np.sum(rows**2), abs=1e-10)
+
+
+# Confidence
+
+
+def hits(n_groups: int, n_images: int, features: float, by_k: dict[int, float], seed: int = 0) -> pd.DataFrame:
+    """Whole groups that are recognised or not, with these chances: images of a group are no news of one another."""
+    random = np.random.default_rng(seed)
+    luck = random.random(n_groups)
+    rows = {each: np.repeat(luck < chance, n_images) for each, chance in [*by_k.items(), ("features", features)]}
+    return pd.DataFrame(rows).assign(group=np.repeat(np.arange(n_groups), n_images))
+
+
+def test_the_loss_is_the_difference_of_accuracies_averaged_over_folds() -> None:
+    folds = [hits(50, 3, 0.8, {2: 0.5}, seed) for seed in (1, 2)]
+    expected = np.mean([fold["features"].mean() - fold[2].mean() for fold in folds])
+    assert analysis.losses(folds).loc[2, "loss"] == pytest.approx(expected)
+
+
+def test_the_interval_is_that_of_the_normal_approximation_over_groups() -> None:
+    fold = hits(400, 5, 0.8, {2: 0.6})
+    by_group = (fold["features"].astype(int) - fold[2]).groupby(fold["group"]).mean()
+    half = 1.96 * by_group.std() / np.sqrt(400)
+    found = analysis.losses([fold]).loc[2]
+    assert found["loss_low"] == pytest.approx(by_group.mean() - half, abs=0.1 * half)
+    assert found["loss_high"] == pytest.approx(by_group.mean() + half, abs=0.1 * half)
+
+
+def test_more_images_of_the_same_groups_do_not_narrow_the_interval() -> None:
+    few, many = (analysis.losses([hits(30, n_images, 0.8, {2: 0.6})]).loc[2] for n_images in (1, 50))
+    assert few["loss_high"] - few["loss_low"] == pytest.approx(many["loss_high"] - many["loss_low"])
+
+
+def test_a_k_that_one_fold_lacks_has_no_loss() -> None:
+    assert analysis.losses([hits(9, 2, 0.8, {2: 0.6, 4: 0.7}), hits(9, 2, 0.8, {2: 0.6})]).index.tolist() == [2]
+
+
+def found(leak: float, features: float, pixels: float, n_labels: int) -> dict[str, Any]:
+    """What metrics.json has of it."""
+    accuracies = {"features": features, "pixels": pixels}
+    return {"leak": {"near_equal": leak}, "nearest_neighbour": accuracies, "tested": {"labels": n_labels}}
+
+
+@pytest.mark.parametrize(
+    ("leak", "pixels", "is_warned"),
+    [
+        (0.2, 0.2, False),
+        (0.21, 0.2, True),
+        (0.06, 0.2, False),  # two fruits that look alike from some sides
+        (0.06, 0.9, True),  # what raw pixels recognise are the near-equal ones
+        (0.0, 0.95, False),  # easy: labels differ in plain colour
+        (0.05, 0.95, False),
+    ],
+)
+def test_near_equal_images_are_warned_of_the_sooner_the_more_raw_pixels_recognise(
+    leak: float, pixels: float, is_warned: bool
+) -> None:
+    assert (analysis.leak_warning(found(leak, 0.95, pixels, 60)) is not None) == is_warned
+
+
+@pytest.mark.parametrize(("features", "pixels"), [(0.55, 0.55), (0.6, 0.55), (0.9, 0.83)], ids=str)
+def test_raw_pixels_do_as_well_only_by_what_is_recognised_beyond_chance(features: float, pixels: float) -> None:
+    # Of two labels, chance alone recognises half. 0.83 is 92 % of 0.9, but 0.33 is 83 % of 0.4.
+    assert analysis.leak_warning(found(0.1, features, pixels, 2)) is None
+
+
+def test_without_accuracies_there_is_nothing_to_warn_of() -> None:
+    assert analysis.leak_warning({"leak": {"near_equal": 0.9}, "tested": {"labels": 0}}) is None
+
+
+def test_a_warning_says_the_figures_and_what_to_do() -> None:
+    warning = analysis.leak_warning(found(0.978, 1.0, 0.999, 63))
+    assert warning is not None
+    for words in ("97.8%", "raw pixels", "split.near", "ingest.group_pattern"):
+        assert words in warning
 
 
 # Command lines

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
@@ -19,7 +20,6 @@ from tests.helpers import (
     N_FEATURES,
     digest,
     make_images,
-    moments_of,
     run_evaluate,
     spaces,
     split,
@@ -63,20 +63,6 @@ def held_out_errors(images: pd.DataFrame, k: int, scale: str) -> list[float]:
 # Parts
 
 
-@pytest.mark.parametrize("scale", ["none", "standard"])
-@pytest.mark.parametrize("k", [1, 3, 6])
-def test_the_held_out_error_is_the_direct_sum_over_all_rows(k: int, scale: str) -> None:
-    train, test = np.split(np.stack(make_images(100)["features"]).astype(np.float64), [45])
-    moments = [analysis.Moments(*moments_of(rows)) for rows in (train, test)]
-    scaler = StandardScaler(with_std=scale == "standard").fit(train)
-    pca = PCA(k, svd_solver="full").fit(scaler.transform(train))
-    rows = scaler.transform(test)
-    lost = np.sum((rows - pca.inverse_transform(pca.transform(rows))) ** 2)
-    basis = analysis.fit_basis(moments[0], scale, k)
-    # 1e-10: both are shares of 1 in float64; one is a difference of sums, the other a sum of differences.
-    assert evaluate.held_out_error(moments[1], basis, k) == pytest.approx(lost / np.sum(rows**2), abs=1e-10)
-
-
 def test_thresholds_of_variance_name_the_fewest_components() -> None:
     assert evaluate.variance(np.array([0.5, 0.8, 0.85, 0.95, 0.97, 1.0]), 3) == {
         "components": 3,
@@ -117,9 +103,9 @@ def test_copies_and_those_under_two_labels_are_counted(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def images() -> pd.DataFrame:
-    """With copies: some under another label, some in the other fold."""
+    """With copies under another label."""
     images = make_images()
-    copies = images[:4].assign(path=[f"zucchini/{i}.jpg" for i in range(4)], label="zucchini", fold=[0, 1, 0, 1])
+    copies = images[:4].assign(path=[f"zucchini/{i}.jpg" for i in range(4)], label="zucchini")
     return pd.concat([images, copies], ignore_index=True)
 
 
@@ -169,7 +155,7 @@ def test_the_order_of_the_tables_changes_no_measurement(
 def test_metrics_count_the_images(metrics: dict[str, Any]) -> None:
     counts = {"images": 84, "labels": 4, "groups": 14, "quarantined": 7, "duplicates": 4, "label_conflicts": 4}
     assert metrics["images"] == counts
-    assert metrics["tested"] == {"images": 80, "folds": 2}
+    assert metrics["tested"] == {"images": 80, "groups": 14, "labels": 3, "labels_untested": 1}
 
 
 def test_metrics_have_the_variance_that_scikit_learn_explains(
@@ -251,7 +237,7 @@ def test_of_many_labels_the_most_confused_are_in_the_confusion() -> None:
 
 
 def test_points_are_the_first_two_coordinates_of_the_embeddings(output: Path, inputs: list[str]) -> None:
-    embeddings = pq.read_table(f"{inputs[4]}/embeddings").to_pandas().sort_values("path")
+    embeddings = pq.read_table(f"{inputs[5]}/embeddings").to_pandas().sort_values("path")
     points = read_csv(output, "points")
     assert points[["path", "label"]].values.tolist() == embeddings[["path", "label"]].values.tolist()
     np.testing.assert_allclose(
@@ -274,16 +260,15 @@ def test_one_component_is_drawn_on_a_line(tmp_path: Path) -> None:
 
 
 def test_recall_of_a_label_is_the_share_of_its_images_predicted_so(output: Path) -> None:
-    predictions, labels = read_csv(output, "predictions"), read_csv(output, "labels")
-    assert labels["label"].tolist() == sorted(set(predictions["label"]))
-    for row in labels.itertuples():
-        predicted = predictions[predictions["label"] == row.label]["predicted"]
-        assert row.n_images == len(predicted)
-        assert row.recall == pytest.approx(np.mean(predicted == row.label), abs=ROUNDED)
+    predictions, labels = read_csv(output, "predictions"), read_csv(output, "labels").set_index("label")
+    of_label = predictions.groupby("label")
+    assert labels["n_images"].to_dict() == {**of_label.size(), "zucchini": 0}  # whose images are copies of others
+    recall = of_label[["label", "predicted"]].apply(lambda rows: np.mean(rows["label"] == rows["predicted"]))
+    assert labels["recall"].dropna().to_dict() == pytest.approx(recall.to_dict(), abs=ROUNDED)
 
 
 def test_the_spectrum_is_that_of_the_stage_reduce(output: Path, inputs: list[str]) -> None:
-    expected = pq.read_table(f"{inputs[4]}/model/spectrum").to_pandas().drop(columns="explained_variance")
+    expected = pq.read_table(f"{inputs[5]}/model/spectrum").to_pandas().drop(columns="explained_variance")
     pd.testing.assert_frame_equal(read_csv(output, "spectrum"), expected, check_dtype=False)
 
 
@@ -298,43 +283,175 @@ def test_the_summary_says_the_numbers_of_the_metrics(output: Path, metrics: dict
 # Which k is enough
 
 
-def hits(n_groups: int, n_images: int, features: float, by_k: dict[int, float], seed: int = 0) -> pd.DataFrame:
-    """Whole groups that are recognised or not, with these chances: images of a group are no news of one another."""
-    random = np.random.default_rng(seed)
-    luck = random.random(n_groups)
-    rows = {each: np.repeat(luck < chance, n_images) for each, chance in [*by_k.items(), ("features", features)]}
-    return pd.DataFrame(rows).assign(group=np.repeat(np.arange(n_groups), n_images))
-
-
-def test_the_loss_is_the_difference_of_accuracies_averaged_over_folds() -> None:
-    folds = [hits(50, 3, 0.8, {2: 0.5}, seed) for seed in (1, 2)]
-    expected = np.mean([fold["features"].mean() - fold[2].mean() for fold in folds])
-    assert evaluate.losses(folds).loc[2, "loss"] == pytest.approx(expected)
-
-
-def test_the_interval_is_that_of_the_normal_approximation_over_groups() -> None:
-    fold = hits(400, 5, 0.8, {2: 0.6})
-    by_group = (fold["features"].astype(int) - fold[2]).groupby(fold["group"]).mean()
-    half = 1.96 * by_group.std() / np.sqrt(400)
-    found = evaluate.losses([fold]).loc[2]
-    assert found["loss_low"] == pytest.approx(by_group.mean() - half, abs=0.1 * half)
-    assert found["loss_high"] == pytest.approx(by_group.mean() + half, abs=0.1 * half)
-
-
-def test_more_images_of_the_same_groups_do_not_narrow_the_interval() -> None:
-    few, many = (evaluate.losses([hits(30, n_images, 0.8, {2: 0.6})]).loc[2] for n_images in (1, 50))
-    assert few["loss_high"] - few["loss_low"] == pytest.approx(many["loss_high"] - many["loss_low"])
-
-
-def test_a_k_that_one_fold_lacks_has_no_loss() -> None:
-    assert evaluate.losses([hits(9, 2, 0.8, {2: 0.6, 4: 0.7}), hits(9, 2, 0.8, {2: 0.6})]).index.tolist() == [2]
+def curve(*losses: tuple[int, float, float]) -> pd.DataFrame:
+    """The losses of some k, each with its interval, as accuracy.csv has them."""
+    rows = [(k, (low + high) / 2, low, high) for k, low, high in losses]
+    return pd.DataFrame(rows, columns=["k", "loss", "loss_low", "loss_high"])
 
 
 @pytest.mark.parametrize(
-    ("low", "enough"), [([0.1, -0.01, -0.2], 4), ([0.1, 0.2, 0.0], 8), ([-0.1, 0.1, -0.1], 2), ([0.1, 0.2, 0.3], 8)]
+    ("high", "enough"), [([0.3, 0.02, 0.01], 4), ([0.01, 0.3, 0.01], 2), ([0.3, 0.2, 0.0], 8), ([0.3, 0.2, 0.021], None)]
 )
-def test_the_smallest_k_whose_loss_may_be_none_is_enough(low: list[float], enough: int) -> None:
-    assert evaluate.smallest_k(pd.DataFrame({"k": [2, 4, 8], "loss_low": low})) == enough
+def test_the_smallest_k_whose_loss_is_surely_small_is_enough(high: list[float], enough: int | None) -> None:
+    losses = curve(*((k, -0.1, each) for k, each in zip((2, 4, 8), high, strict=True)))
+    assert evaluate.smallest_k(losses, 100, 0.02) == enough
+
+
+def test_few_groups_tell_of_no_k_that_it_is_enough() -> None:
+    n_groups = [evaluate.GROUPS - 1, evaluate.GROUPS]
+    assert [evaluate.smallest_k(curve((2, 0, 0)), each, 0.02) for each in n_groups] == [None, 2]
+
+
+def test_an_enough_k_is_said_with_its_loss() -> None:
+    said = evaluate.say_loss(curve((2, 0.1, 0.3), (4, -0.01, 0.018), (8, 0, 0)), 8, 4, 50, 0.02)
+    assert said.startswith("k = 4 is enough: its loss is 0.4 points")
+    assert "(95 % interval -1.0 to 1.8; 2 are allowed)" in said
+
+
+@pytest.mark.parametrize(
+    ("n_groups", "low", "why"),
+    [
+        (50, 0.021, "No k tried is enough: "),
+        (50, 0.02, "50 groups are too few to tell which k is enough: "),  # a loss of 0.02 may be the true one
+        (9, 0.1, "9 groups are too few to tell which k is enough: "),
+    ],
+    ids=["none is", "wide intervals", "few groups"],
+)
+def test_why_no_k_is_enough_is_said_with_the_loss_of_the_runs_own(n_groups: int, low: float, why: str) -> None:
+    said = evaluate.say_loss(curve((2, 0.5, 0.7), (4, low, 0.3)), 2, None, n_groups, 0.02)
+    assert said.startswith(f"{why}the loss of k = 2 is 60.0 points")
+    assert "interval 50.0 to 70.0" in said
+
+
+def test_a_loss_that_rounds_to_none_has_no_sign() -> None:
+    assert "loss is 0.0 points of the features' accuracy (95 % interval 0.0 to 0.0;" in evaluate.say_loss(
+        curve((2, -0.0004, -0.0001)), 2, 2, 50, 0.02
+    )
+
+
+def test_metrics_have_the_loss_of_the_runs_own_k(output: Path, metrics: dict[str, Any]) -> None:
+    (own,) = read_csv(output, "accuracy").query("k == 3")[["loss", "loss_low", "loss_high"]].to_dict("records")
+    assert {key: metrics["nearest_neighbour"][key] for key in own} == own
+
+
+def test_metrics_name_an_enough_k_only_where_there_is_one(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path, make_images(), k=3)
+    found = [run_evaluate(inputs, tmp_path / str(most), (1, 2), most)["variance"] for most in (0.0, 1.0)]
+    assert [each.get("k_enough") for each in found] == [None, 1]
+
+
+# What cannot be tested
+
+
+def test_a_label_of_one_group_is_counted_and_left_out_of_the_accuracy(
+    one_group: Path, one_group_images: pd.DataFrame
+) -> None:
+    metrics = json.loads((one_group / "metrics.json").read_text())
+    of_others = one_group_images[one_group_images["label"] != "quince"]
+    assert metrics["tested"] == {"images": 80, "groups": 14, "labels": 3, "labels_untested": 1}
+    assert metrics["images"]["labels"] == 4
+    # It can still be guessed: its images are in one of the trainings.
+    assert metrics["nearest_neighbour"]["features"] == pytest.approx(
+        accuracy_oracle(KNeighborsClassifier(1), one_group_images, "features", 3), abs=ROUNDED
+    )
+    assert len(of_others) == 80
+
+
+@pytest.fixture(scope="module")
+def one_group_images() -> pd.DataFrame:
+    more = make_images(86, seed=3)[80:].assign(label="quince", group="one film", fold=0)
+    return pd.concat([make_images(), more], ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def one_group(tmp_path_factory: pytest.TempPathFactory, one_group_images: pd.DataFrame) -> Path:
+    """Where the stage has run on three labels of several groups, and quince, of one."""
+    folder = tmp_path_factory.mktemp("one_group")
+    run_evaluate(write_inputs(folder, one_group_images, k=3), folder / "report")
+    return folder / "report"
+
+
+def test_a_label_of_one_group_has_no_recall(one_group: Path) -> None:
+    labels = read_csv(one_group, "labels").set_index("label")
+    assert labels["n_images"].to_dict() == {"apple": 27, "banana": 27, "cherry": 26, "quince": 6}
+    assert labels.index[labels["recall"].isna()].tolist() == ["quince"]
+
+
+def test_the_summary_says_on_what_an_accuracy_is(one_group: Path) -> None:
+    summary = (one_group / "summary.txt").read_text()
+    assert "tested: 80 images of 3 of 4 labels" in summary
+    assert "not tested, as a label needs images of two groups: quince\n" in summary
+
+
+def test_of_many_untested_labels_ten_are_named(tmp_path: Path) -> None:
+    images = make_images()
+    images["label"] = [f"label {i:02}" if i >= 60 else label for i, label in enumerate(images["label"])]
+    run_evaluate(write_inputs(tmp_path, images, k=3), tmp_path / "report")
+    named = ", ".join(f"label {i}" for i in range(60, 70))
+    assert f"of two groups: {named} and 10 more" in " ".join((tmp_path / "report/summary.txt").read_text().split())
+
+
+def test_a_group_in_both_folds_ends_it_and_is_named(tmp_path: Path) -> None:
+    images = make_images()
+    images.loc[7, "fold"] = 0
+    with pytest.raises(SystemExit, match=r"^evaluate: 1 of 14 groups are in both folds, such as film 1: [^\n]*$"):
+        run_evaluate(write_inputs(tmp_path, images, k=3), tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+# Whether it can be trusted
+
+
+def test_a_leak_is_warned_of_in_summary_and_metrics(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path, make_images(), k=3, leak=0.55561)
+    metrics = run_evaluate(inputs, tmp_path / "report")
+    assert metrics["leak"] == {"near_equal": 0.5556, "is_suspected": 1}
+    summary = (tmp_path / "report/summary.txt").read_text()
+    assert "Warning: these accuracies flatter: 55.6% of the images have" in summary
+    assert summary.index("Warning") < summary.index("Accuracy")
+
+
+def test_an_easy_collection_without_near_equal_images_is_not_warned_of(tmp_path: Path) -> None:
+    images = make_images(spread=0.05)
+    metrics = run_evaluate(write_inputs(tmp_path, images.assign(group=images["path"]), k=3), tmp_path / "report")
+    assert metrics["nearest_neighbour"]["pixels"] == 1.0
+    assert metrics["leak"] == {"near_equal": 0.0, "is_suspected": 0}
+    assert "Warning" not in (tmp_path / "report/summary.txt").read_text()
+
+
+# Unseen kinds
+
+
+def siblings() -> pd.DataFrame:
+    """Three fruits, of which some have siblings: apple 1 to 3, banana 1 and 2, cherry."""
+    images = make_images(300)
+    number = np.arange(300) // 3 % np.array([3, 2, 1])[np.arange(300) % 3] + 1
+    images["label"] = [each if each == "cherry" else f"{each} {i}" for each, i in zip(images["label"], number, strict=True)]
+    return images
+
+
+def test_a_label_left_out_is_recognised_by_its_kind_as_scikit_learn_does(tmp_path: Path) -> None:
+    images = siblings()
+    metrics = run_evaluate(write_inputs(tmp_path, images, k=3), tmp_path / "report")
+    features, kinds = np.stack(images["features"]), images["label"].str.rstrip(" 123")
+    scores = []
+    for label in ("apple 1", "apple 2", "apple 3", "banana 1", "banana 2"):
+        out = images["label"] == label
+        scores.append(KNeighborsClassifier(1).fit(features[~out], kinds[~out]).score(features[out], kinds[out]))
+    unseen = metrics["unseen"]
+    assert unseen["accuracy"] == pytest.approx(np.mean(scores), abs=ROUNDED)
+    assert (unseen["labels"], unseen["kinds"]) == (5, 2)
+    interval = scipy.stats.bootstrap((scores,), np.mean, n_resamples=20_000, method="percentile", random_state=0)
+    expected = interval.confidence_interval
+    # 0.01: both draw at random.
+    assert (unseen["low"], unseen["high"]) == pytest.approx((expected.low, expected.high), abs=0.01)
+    said = f"Of a label that is left out, {unseen['accuracy']:.1%} of the images are taken for its kind"
+    assert said in (tmp_path / "report/summary.txt").read_text()
+
+
+def test_a_collection_without_siblings_says_nothing_of_unseen_kinds(output: Path, metrics: dict[str, Any]) -> None:
+    assert "unseen" not in metrics
+    assert "left out" not in (output / "summary.txt").read_text()
 
 
 # Odd collections
@@ -342,12 +459,12 @@ def test_the_smallest_k_whose_loss_may_be_none_is_enough(low: list[float], enoug
 
 def test_images_that_are_easy_to_tell_apart_are_all_recognised(tmp_path: Path) -> None:
     metrics = run_evaluate(write_inputs(tmp_path, make_images(spread=0.05), k=3), tmp_path / "report")
-    assert set(metrics["nearest_neighbour"].values()) | set(metrics["linear_probe"].values()) == {1.0}
+    assert {metrics[name][space] for name in analysis.RECOGNISERS for space in analysis.SPACES} == {1.0}
 
 
 def test_a_copy_in_the_other_fold_does_not_help(tmp_path: Path) -> None:
     images = make_images(40, spread=5)
-    copies = images.assign(path="copy/" + images["path"], fold=1 - images["fold"])
+    copies = images.assign(path="copy/" + images["path"], group="copy of " + images["group"], fold=1 - images["fold"])
     both = pd.concat([images, copies], ignore_index=True)
     metrics = run_evaluate(write_inputs(tmp_path, both, k=3), tmp_path / "report")
     assert metrics["tested"]["images"] == 40
@@ -363,7 +480,8 @@ def one_fold(tmp_path: Path) -> Path:
 
 def test_images_of_one_fold_are_counted_without_accuracy(one_fold: Path) -> None:
     metrics = json.loads((one_fold / "metrics.json").read_text())
-    assert metrics.keys() == {"images", "variance"}
+    assert metrics.keys() == {"images", "variance", "tested", "leak"}
+    assert metrics["tested"] == {"images": 0, "groups": 0, "labels": 0, "labels_untested": 3}
     assert metrics["images"]["images"] == 80
 
 
@@ -375,7 +493,6 @@ def test_images_of_one_fold_are_told_of_in_the_summary(one_fold: Path) -> None:
     ("name", "columns"),
     [
         ("accuracy", ["k", "embedding", "features", "pixels", "loss", "loss_low", "loss_high", "is_kept"]),
-        ("labels", ["label", "n_images", "recall"]),
         ("predictions", ["path", "label", "predicted", "nearest"]),
         ("confusion", ["label", "predicted", "n_images", "share"]),
     ],
@@ -390,7 +507,8 @@ def test_a_label_that_is_in_one_fold_only_is_left_out(tmp_path: Path) -> None:
     images.loc[(images["label"] == "cherry") & (images["fold"] == 1), "label"] = "date"
     metrics = run_evaluate(write_inputs(tmp_path, images, k=3), tmp_path / "report")
     assert metrics["images"]["labels"] == 4
-    assert read_csv(tmp_path / "report", "labels")["label"].tolist() == ["apple", "banana"]
+    recall = read_csv(tmp_path / "report", "labels").set_index("label")["recall"]
+    assert recall.dropna().index.tolist() == ["apple", "banana"]
     assert metrics["nearest_neighbour"]["embedding"] == pytest.approx(
         accuracy_oracle(KNeighborsClassifier(1), images, "embedding", 3), abs=ROUNDED
     )
@@ -410,6 +528,7 @@ def test_folds_without_a_common_label_are_told_of_in_the_summary(tmp_path: Path)
 def test_k_is_no_more_than_the_rank_of_the_training_fold(tmp_path: Path) -> None:
     images = make_images()
     images["fold"] = (np.arange(80) >= 4).astype(int)  # four images: three directions
+    images["group"] = images["path"]
     metrics = run_evaluate(write_inputs(tmp_path, images, k=5), tmp_path / "report", curve=(1,))
     assert metrics["variance"]["components"] == 5
     assert read_csv(tmp_path / "report", "accuracy")["k"].tolist() == [1, 3, 5]
@@ -432,7 +551,7 @@ def test_a_constant_feature_does_no_harm(tmp_path: Path) -> None:
 def test_scaling_is_told_where_all_deviations_are_one(constant: bool, tmp_path: Path) -> None:
     # 81 rows whose squares sum up to 80: of fold 0 some are +-2, of fold 1 some +-1, so many that each feature has a
     # deviation of exactly 1, but another one in each fold.
-    images = make_images(81).assign(fold=[0] * 40 + [1] * 41)
+    images = make_images(81).assign(group=[str(i) for i in range(81)], fold=[0] * 40 + [1] * 41)
     random, features = np.random.default_rng(0), np.zeros((81, N_FEATURES), np.float32)
     for feature, n_pairs in enumerate([5, 6, 7, 8, 9, 5]):
         columns = features[:, feature]
@@ -442,15 +561,24 @@ def test_scaling_is_told_where_all_deviations_are_one(constant: bool, tmp_path: 
         features[:, 3] = 5
     images["features"] = list(features)
     inputs = write_inputs(tmp_path, images, 3, "standard")
-    assert pq.read_table(f"{inputs[4]}/model/scaling")["scale"].to_pylist() == [1.0] * N_FEATURES
+    assert pq.read_table(f"{inputs[5]}/model/scaling")["scale"].to_pylist() == [1.0] * N_FEATURES
     found = run_evaluate(inputs, tmp_path / "report")["variance"]["held_out_error"]
     assert found == pytest.approx(np.mean(held_out_errors(images, 3, "standard")), abs=ROUNDED)
     assert found != pytest.approx(np.mean(held_out_errors(images, 3, "none")), abs=10 * ROUNDED)
 
 
+@pytest.mark.parametrize("loss", ["-0.01", "1.01", "nan", "much"])
+def test_a_loss_that_can_be_none_is_refused(loss: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.parse_args([*PLACES, "--curve", "4", "--max_loss", loss])
+    assert "argument --max_loss: " in capsys.readouterr().err
+
+
+PLACES = ["ingested", "features", "split", "covariance", "baseline", "reduced", "output"]
+
+
 @pytest.mark.parametrize("k", ["0", "-1", "100001", "1.5", "nan", "many"])
 def test_a_number_of_the_curve_that_can_be_none_is_refused(k: str, capsys: pytest.CaptureFixture[str]) -> None:
-    places = ["ingested", "features", "covariance", "baseline", "reduced", "output"]
     with pytest.raises(SystemExit, match="2"):
-        evaluate.parse_args([*places, "--curve", "4", k])
+        evaluate.parse_args([*PLACES, "--curve", "4", k, "--max_loss", "0.02"])
     assert "argument --curve: " in capsys.readouterr().err

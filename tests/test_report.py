@@ -33,16 +33,17 @@ def jpeg(seed: int) -> bytes:
     return stream.getvalue()
 
 
-def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str, ...] = ()) -> list[str]:
+def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str, ...] = (), leak: float = 0.0) -> list[str]:
     """A repository with a run of these images in it; the places that the report takes."""
-    inputs = write_inputs(folder / "data", images, k)
+    inputs = write_inputs(folder / "data", images, k, leak=leak)
     shutil.rmtree(folder / "data/ingested")
     contents = [jpeg(i) for i in range(len(images))]
-    write(images.drop(columns="features").assign(content=contents), folder / "data/ingested/images")
+    ingested = images.drop(columns=["features", "group", "fold"])
+    write(ingested.assign(content=contents), folder / "data/ingested/images")
     quarantine = pd.DataFrame({"path": refused, "reason": "truncated", "detail": "<ends> early"}, dtype=object)
     write(quarantine, folder / "data/ingested/quarantine")
     (folder / "reports").mkdir()
-    run_evaluate(inputs, folder / "reports/evaluation")
+    run_evaluate(inputs, folder / "reports/evaluation", max_loss=1)  # by which a k is enough
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(ROOT / name, folder)
     for command in (
@@ -56,7 +57,7 @@ def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str
         subprocess.run(command.split(), cwd=folder, check=True)
         if command.startswith("dvc"):
             shutil.copytree(ROOT / ".dvc/plots", folder / ".dvc/plots")
-    return ["data/ingested", "data/reduced", "reports/evaluation", "report.html"]
+    return ["data/ingested", "data/split", "data/reduced", "reports/evaluation", "report.html"]
 
 
 def make_page(folder: Path, places: list[str], *revisions: str) -> str:
@@ -91,6 +92,8 @@ def charts_in(page: str) -> dict[str, Any]:
 def images() -> pd.DataFrame:
     images = make_images(spread=1.5)
     images["label"] = images["label"].replace("banana", "NA")  # which pandas takes for a missing value unless told not to
+    cherries = images.index[images["label"] == "cherry"]
+    images.loc[cherries, "label"] = np.where(np.arange(len(cherries)) % 2, "cherry 1", "cherry 2")  # siblings
     return images
 
 
@@ -101,7 +104,7 @@ def folder(images: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-PLACES = ["data/ingested", "data/reduced", "reports/evaluation", "report.html"]
+PLACES = ["data/ingested", "data/split", "data/reduced", "reports/evaluation", "report.html"]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +201,7 @@ def test_pictures_have_alternative_texts(elements: list[tuple[str, dict[str, str
 def test_neighbours_are_scikit_learns_in_the_other_fold(
     folder: Path, images: pd.DataFrame, predictions: pd.DataFrame
 ) -> None:
-    found = report.find_neighbours(str(folder / "data/ingested/images"), str(folder / "data/reduced"), predictions)
+    found = report.find_neighbours(str(folder / "data/split"), str(folder / "data/reduced"), predictions)
     embeddings = ds.dataset(folder / "data/reduced/embeddings").to_table().to_pandas().set_index("path")["embedding"]
     fold = images.set_index("path")["fold"]
     assert len(found) == images["label"].nunique()
@@ -252,6 +255,27 @@ def test_a_run_whose_metrics_dvc_does_not_have_is_listed_without_figures(monkeyp
     here = {"Experiment": None, "rev": "workspace", "reduce.k": 3.0, "variance.components": 3.0}
     monkeypatch.setattr(report.dvc.api, "exp_show", lambda: [here, lost])
     assert [row[:4] for row in report.experiments()] == [["workspace", "3", "-", "3"], ["main", "3", "-", "-"]]
+
+
+def test_a_page_of_a_run_that_leaks_begins_with_a_warning(tmp_path: Path) -> None:
+    page = make_page(tmp_path, write_run(tmp_path, make_images(), leak=0.9))
+    header = page[page.index("<header>") : page.index("</header>")]
+    assert 'role="alert"' in header
+    assert "90.0% of the images have a near-equal image" in header
+
+
+def test_a_page_of_a_run_that_does_not_leak_warns_of_nothing(page: str) -> None:
+    assert 'role="alert"' not in page.partition("<script>")[0]
+
+
+def test_a_label_that_cannot_be_tested_does_no_harm_to_the_chart_of_recalls(tmp_path: Path) -> None:
+    images = make_images()
+    images.loc[images.index[:3], "label"] = "quince"
+    chart = charts_in(make_page(tmp_path, write_run(tmp_path, images)))["Recall of each label"]
+    drawn = vl_convert.vegalite_to_svg(chart)
+    assert "quince" in drawn
+    assert "NaN" not in drawn
+    assert drawn.count('aria-label="recall: ') == 2 * 3  # a dot and a line of each label tested
 
 
 def test_images_of_one_fold_make_a_page_without_accuracies(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StructType
 
 
@@ -10,13 +11,19 @@ from pyspark.sql.types import StructType
     ("reader", "read", "writer", "written"),
     [
         ("stages.featurize", "IMAGES", "stages.ingest", "IMAGES"),
+        ("stages.neighbours", "FEATURES", "stages.featurize", "FEATURES"),
+        ("stages.split", "SKETCHES", "stages.neighbours", "SKETCHES"),
+        ("stages.split", "NEIGHBOURS", "stages.neighbours", "NEIGHBOURS"),
         ("stages.covariance", "FEATURES", "stages.featurize", "FEATURES"),
+        ("stages.covariance", "IMAGES", "stages.split", "IMAGES"),
         ("stages.reduce", "FEATURES", "stages.featurize", "FEATURES"),
         ("stages.reduce", "MOMENTS", "stages.covariance", "MOMENTS"),
         ("stages.analysis", "MOMENTS", "stages.covariance", "MOMENTS"),
         ("stages.baseline", "IMAGES", "stages.ingest", "IMAGES"),
         ("stages.baseline", "FEATURES", "stages.featurize", "FEATURES"),
-        ("stages.evaluate", "LABELLED", "stages.featurize", "FEATURES"),
+        ("stages.baseline", "SPLIT", "stages.split", "IMAGES"),
+        ("stages.evaluate", "SPLIT", "stages.split", "IMAGES"),
+        ("stages.evaluate", "LEAK", "stages.split", "SETTINGS"),
         ("stages.evaluate", "VECTORS", "stages.featurize", "FEATURES"),
         ("stages.evaluate", "BASELINE", "stages.baseline", "PREDICTIONS"),
         ("stages.evaluate", "SPECTRUM", "stages.reduce", "SPECTRUM"),
@@ -28,7 +35,7 @@ from pyspark.sql.types import StructType
         ("stages.drift", "SCALING", "stages.reduce", "SCALING"),
         ("stages.drift", "COMPONENTS", "stages.reduce", "COMPONENTS"),
         ("reports.report", "LABELLED", "stages.ingest", "IMAGES"),
-        ("reports.report", "FOLDS", "stages.ingest", "IMAGES"),
+        ("reports.report", "FOLDS", "stages.split", "IMAGES"),
         ("reports.report", "PICTURES", "stages.ingest", "IMAGES"),
         ("reports.report", "QUARANTINE", "stages.ingest", "QUARANTINE"),
         ("reports.report", "EMBEDDINGS", "stages.reduce", "EMBEDDINGS"),
@@ -38,5 +45,5 @@ def test_a_reader_knows_the_columns_as_the_writer_writes_them(reader: str, read:
     wanted = getattr(importlib.import_module(reader), read)
     there = getattr(importlib.import_module(writer), written)
     # A reader on Spark knows the types too, others the names.
-    is_typed = isinstance(wanted, StructType)
-    assert [each for each in wanted if each not in (there.fields if is_typed else there.names)] == []
+    typed = there if isinstance(there, StructType) else from_arrow_schema(there)
+    assert [each for each in wanted if each not in (typed.fields if isinstance(wanted, StructType) else there.names)] == []
