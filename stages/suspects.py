@@ -11,7 +11,7 @@ writes  OUTPUT/suspects.csv  SUSPECTS, the strongest first
 
 A photograph is suspect once, for the strongest of these reasons:
 
-label     at least `share` of its neighbours have one other label
+label     at least `share` of its neighbours have one other label, and it is no outlier
 conflict  it is near-equal to a photograph of another label, or the same file. Of the two, the suspect is the one whose label
           fewer of its own neighbours have
 group     at least `share` of the images of its group are nearer to one other label than to the other groups of their own: at
@@ -86,13 +86,14 @@ def main(argv: list[str] | None = None) -> None:
     pairs, copies = to_pairs(neighbours, photographs)
     n_neighbours = len(neighbours["neighbours"][0]) if len(neighbours) else 0  # the same for each
     del neighbours  # half a gigabyte of a million images
+    by_distance = find_outliers(photographs, pairs, args.outlier)
+    own, by_label = find_labels(photographs, pairs, copies, n_neighbours, args.share)
+    by_label = by_label[~by_label["photograph"].isin(by_distance["photograph"])]  # what is far tells no label
+    across = settings["near_distance_across_labels"]
+    by_conflict = find_conflicts(photographs, pd.concat([copies, pairs]), own, across, by_label["photograph"])
+    known = pd.concat([by_label["photograph"], by_conflict["photograph"]])
     with threadpool_limits(1):  # the last bits of a result depend on the number of BLAS's threads
-        own, by_label = find_labels(photographs, pairs, copies, n_neighbours, args.share)
-        across = settings["near_distance_across_labels"]
-        by_conflict = find_conflicts(photographs, pd.concat([copies, pairs]), own, across, by_label["photograph"])
-        known = pd.concat([by_label["photograph"], by_conflict["photograph"]])
         by_group = find_groups(photographs, args.share, args.margin, known)
-        by_distance = find_outliers(photographs, pairs, args.outlier)
         effective = weigh(photographs, settings["near_distance"])
     found = pd.concat([by_label, by_conflict, by_group, by_distance]).drop_duplicates("photograph")
     is_right = is_reviewed(files, reviewed, photographs, found)
