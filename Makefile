@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-REPORT := data/ingested data/split data/reduced reports/evaluation reports/report.html
+REPORT := --suspects reports/suspects data/ingested data/split data/reduced reports/evaluation reports/report.html
 CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 # One lock for Linux and macOS, each processor and each Python from 3.11 on.
 LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'

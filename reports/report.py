@@ -1,8 +1,9 @@
 """Write one page about a run, for people to look at: metrics, charts, pictures.
 
-usage: python -m reports.report INGESTED SPLIT REDUCED EVALUATION OUTPUT [REVISION...]
+usage: python -m reports.report [--suspects SUSPECTS] INGESTED SPLIT REDUCED EVALUATION OUTPUT [REVISION...]
 
 reads   INGESTED/images, INGESTED/quarantine, SPLIT/images, REDUCED/embeddings, EVALUATION
+        SUSPECTS, if it is given and there
         and, through DVC, the charts of dvc.yaml and the experiments of this commit
 writes  OUTPUT  one HTML file, which opens without a network
 
@@ -42,6 +43,7 @@ PIXELS = 112  # of a picture's longer side
 NEIGHBOURS = 5
 QUERIES = 8  # images whose neighbours are shown
 PAIRS, EXAMPLES = 6, 3  # confused pairs of labels, and images of each
+SUSPECTS = 24  # that are shown
 ROWS = 50  # of the tables of refused files and of experiments
 
 MEANINGS = {
@@ -109,7 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     labels = pick_examples(images)
     neighbours = find_neighbours(args.split, args.reduced, predictions)
     pairs = find_confused_pairs(predictions)
+    suspects = pick_suspects(args.suspects)
     paths = {*labels["path"], *itertools.chain(*neighbours, *(pair["paths"] for pair in pairs))}
+    paths |= {path for each in suspects.get("suspects", []) for path in (each["path"], each["nearest"])}
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -129,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         neighbours=neighbours,
         pairs=pairs,
         pictures=make_pictures(images, paths),
+        suspicion=suspects,
         **count_refused(f"{args.ingested}/quarantine"),
         headings=["run", *(heading for _, heading, _ in EXPERIMENTS)],
         experiments=experiments(),
@@ -211,8 +216,29 @@ def find_confused_pairs(predictions: pd.DataFrame) -> list[dict[str, Any]]:
     return pairs
 
 
+def pick_suspects(folder: str | None) -> dict[str, Any]:
+    """Find the strongest suspects, and what each label has of suspects and of really different images; empty if not known.
+
+    Labels with the most suspects come first, then those whose images are alike most often.
+    """
+    if folder is None or not Path(folder).exists():
+        return {}
+    suspects, labels = (
+        pd.read_csv(Path(folder, f"{name}.csv"), keep_default_na=False, dtype={"label": str, "looks_like": str})
+        for name in ("suspects", "labels")
+    )
+    share = labels["effective_images"] / labels["n_images"]
+    labels = labels.assign(share=share).sort_values(["n_suspects", "share", "label"], ascending=[False, True, True])
+    return {
+        "counts": json.loads(Path(folder, "metrics.json").read_text()),
+        "suspects": suspects.head(SUSPECTS).to_dict("records"),
+        "labels": labels.head(ROWS).to_dict("records"),
+        "n_labels": len(labels),
+    }
+
+
 def make_pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
-    """Return by each path the image's label and its source, a small WebP as a data URI."""
+    """Make of each path the image's label and its source, a small WebP as a data URI."""
     wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
     found = {}
     for batch in ds.dataset(images, format="parquet").to_batches(list(PICTURES), filter=wanted, batch_size=256):
@@ -248,6 +274,7 @@ def experiments() -> list[list[str]]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--suspects", help="the output of the stage suspects; without it, the page names none")
     parser.add_argument("ingested")
     parser.add_argument("split")
     parser.add_argument("reduced")
