@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_second_run_has_nothing_to_do(clone: Path) -> None:
-    assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == 9
+    assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == 11
 
 
 def test_another_k_runs_reduce_and_evaluate_only(clone: Path) -> None:

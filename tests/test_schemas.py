@@ -10,6 +10,9 @@ from pyspark.sql.types import StructType
     ("reader", "read", "writer", "written"),
     [
         ("stages.featurize", "IMAGES", "stages.ingest", "IMAGES"),
+        ("stages.neighbours", "FEATURES", "stages.featurize", "FEATURES"),
+        ("stages.split", "SKETCHES", "stages.neighbours", "SKETCHES"),
+        ("stages.split", "NEIGHBOURS", "stages.neighbours", "NEIGHBOURS"),
         ("stages.covariance", "FEATURES", "stages.featurize", "FEATURES"),
         ("stages.reduce", "FEATURES", "stages.featurize", "FEATURES"),
         ("stages.reduce", "MOMENTS", "stages.covariance", "MOMENTS"),
