@@ -121,8 +121,9 @@ def look_up(wanted: np.ndarray, image_ids: np.ndarray, folds: np.ndarray) -> np.
         an image has none
     """
     places = np.searchsorted(image_ids, wanted).clip(max=len(image_ids) - 1)
-    if len(wanted) and not (is_there := image_ids[places] == wanted).all():
-        raise ValueError(f"{np.sum(~is_there)} of {len(wanted)} images have no fold; the first is {wanted[~is_there][0]}")
+    if not (is_there := image_ids[places] == wanted).all():
+        first = wanted[~is_there][0].decode()
+        raise ValueError(f"{np.sum(~is_there)} of {len(wanted)} images have no fold; the first is {first}. Run `dvc repro`.")
     return folds[places]
 
 

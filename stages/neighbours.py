@@ -7,8 +7,9 @@ writes  OUTPUT/sketches    SKETCHES, a row for each row of FEATURES, sorted by i
         OUTPUT/neighbours  NEIGHBOURS, a row for each distinct image, sorted by image_id within a file
 
 A sketch is a short form of the features: their coordinates on the first principal components of a sample, scaled to unit
-length. Neighbours are the nearest in this space. They are exact, and the same on any number of cores: one thread computes
-each block of rows. All against all takes time that grows with the square of the number of images.
+length. Neighbours are the nearest in this space: all images are compared, and only the rounding of float32 is lost. They are
+the same on any number of cores, as one thread computes each block of rows. The time grows with the square of the number of
+images.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
@@ -48,7 +49,7 @@ NEIGHBOURS = T.StructType(
     ]
 )
 N_COMPONENTS = 64
-N_SAMPLE = 8192  # distinct images, about, that the components are fitted on
+N_SAMPLE = 8192  # images at most, those of least SHA-256, that the components are fitted on
 SPARE = 4  # neighbours found in float32, of which float64 chooses
 ROWS, COLUMNS = 1024, 16384  # of a matrix of similarities, at once
 IMAGES_PER_FILE = 16384
@@ -60,57 +61,59 @@ def main(argv: list[str] | None = None) -> None:
     spark = (
         SparkSession.builder.appName("neighbours")
         .config("spark.sql.execution.arrow.pyspark.enabled", True)
-        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # a row is a whole file
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # a row is a whole file, or a block of images
         .config("spark.sql.files.maxPartitionBytes", 1)  # a partition is a file
         .config("spark.sql.adaptive.enabled", False)
         .getOrCreate()
     )
     files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet")
-    n_rows = count(files)
+    image_ids = read_ids(files)
     with threadpool_limits(1):  # the last bits of a result depend on the number of BLAS's threads
-        mean, components = fit(read_sample(files, n_rows))
-    n_files = math.ceil(n_rows / IMAGES_PER_FILE)
-    sketches = (
-        sketch_files(files, mean, components).repartition(n_files, "image_id").sortWithinPartitions("image_id", "path")
-    )
-    sketches.write.parquet(f"{args.output}/sketches")
+        mean, components = fit(read_sample(files, image_ids[:N_SAMPLE][-1].decode()))
+    n_files = math.ceil(len(image_ids) / IMAGES_PER_FILE)
+    sketches = sketch_files(files, mean, components).repartition(n_files, "image_id")
+    sketches.sortWithinPartitions("image_id", "path").write.parquet(f"{args.output}/sketches")
 
-    spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 10_000)
-    spark.conf.unset("spark.sql.files.maxPartitionBytes")
-    images: Any = spark.read.parquet(f"{args.output}/sketches").select("image_id", "sketch").toPandas()
-    images = images.drop_duplicates("image_id").sort_values("image_id", ignore_index=True)
-    neighbours = (
-        find_neighbours(spark, images, args.n_neighbours).repartition(n_files, "image_id").sortWithinPartitions("image_id")
-    )
-    neighbours.write.parquet(f"{args.output}/neighbours")
-    print(f"neighbours: {args.n_neighbours} of each of {len(images):,} distinct images")
+    written = spark.read.format("binaryFile").load(f"{args.output}/sketches/*.parquet")
+    neighbours = find_neighbours(spark, *read_sketches(written), args.n_neighbours).repartition(n_files, "image_id")
+    neighbours.sortWithinPartitions("image_id").write.parquet(f"{args.output}/neighbours")
+    print(f"neighbours: {args.n_neighbours} of each of {len(image_ids):,} distinct images")
 
 
-def count(files: DataFrame) -> int:
-    """Count the rows of all files."""
+def read_ids(files: DataFrame) -> np.ndarray:
+    """The image_id of each distinct image, bytes, rising."""
 
-    def count_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for content in (content for batch in batches for content in batch["content"]):
-            yield pa.RecordBatch.from_pydict({"n": [pq.read_metadata(pa.py_buffer(content.as_buffer())).num_rows]})
+    def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for table in tables_of(batches, ["image_id"]):
+            yield from table.to_batches()
 
-    counts: Any = files.select("content").mapInArrow(count_rows, "n long").toPandas()
-    return int(counts["n"].sum())
+    rows: Any = files.select("content").mapInArrow(read, "image_id string").toPandas()
+    return np.unique(np.array(rows["image_id"], "S"))
 
 
-def read_sample(files: DataFrame, n_rows: int) -> np.ndarray:
-    """The features of about N_SAMPLE distinct images, chosen by SHA-256: float64 array of shape (n, n_features)."""
-    limit = f"{int(N_SAMPLE / n_rows * 16**8):08x}" if n_rows > N_SAMPLE else "g"  # which follows all hashes
+def read_sample(files: DataFrame, last: str) -> np.ndarray:
+    """The features of the distinct images up to the image_id last: float64 array of shape (n, n_features), by image_id."""
 
     def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for table in tables_of(batches, ["image_id", "features"]):
-            chosen = [i for i, image_id in enumerate(table["image_id"].to_pylist()) if image_id < limit]
-            features = to_matrix(table["features"])[chosen]
-            ids = table["image_id"].take(chosen).combine_chunks()
-            yield pa.RecordBatch.from_arrays([ids, to_bytes(features)], ["image_id", "features"])
+            chosen = table.filter(pc.less_equal(table["image_id"], last))
+            if len(chosen):
+                columns = [chosen["image_id"].combine_chunks(), to_bytes(to_matrix(chosen["features"]))]
+                yield pa.RecordBatch.from_arrays(columns, ["image_id", "features"])
 
     sample: Any = files.select("content").mapInArrow(choose, "image_id string, features binary").toPandas()
     sample = sample.drop_duplicates("image_id").sort_values("image_id")
     return np.frombuffer(b"".join(sample["features"]), np.float32).reshape(len(sample), -1).astype(np.float64)
+
+
+def read_sketches(files: DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """The image_id of each distinct image, bytes, rising, and its sketch, float32 of shape (n_images, n_components)."""
+    contents: Any = files.select("content").toPandas()  # as files: to take rows one by one takes Spark seconds more
+    table = pa.concat_tables(
+        pq.read_table(pa.py_buffer(content), columns=["image_id", "sketch"]) for content in contents["content"]
+    )
+    image_ids, first = np.unique(np.array(table["image_id"].to_pylist(), "S"), return_index=True)
+    return image_ids, np.frombuffer(b"".join(table["sketch"].take(first).to_pylist()), np.float32).reshape(len(first), -1)
 
 
 def fit(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -129,11 +132,11 @@ def fit(sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def sketch(features: np.ndarray, mean: np.ndarray, components: np.ndarray) -> np.ndarray:
     """Coordinates on the components, scaled to unit length: float32 array of shape (n_images, n_components).
 
-    An image that equals the mean has no direction; all such are one point.
+    An image that equals the mean has no direction; all such get that of the first component.
     """
     coordinates = (features - mean) @ components.T
-    length = np.linalg.norm(coordinates, axis=1, keepdims=True)
-    return (coordinates / np.where(length > 0, length, 1.0)).astype(np.float32)
+    coordinates[~coordinates.any(axis=1), 0] = 1.0
+    return (coordinates / np.linalg.norm(coordinates, axis=1, keepdims=True)).astype(np.float32)
 
 
 def sketch_files(files: DataFrame, mean: np.ndarray, components: np.ndarray) -> DataFrame:
@@ -150,15 +153,14 @@ def sketch_files(files: DataFrame, mean: np.ndarray, components: np.ndarray) -> 
     return files.select("content").mapInArrow(sketch_all, SKETCHES)
 
 
-def find_neighbours(spark: SparkSession, images: pd.DataFrame, n_neighbours: int) -> DataFrame:
-    """NEIGHBOURS, one row for each image (image_id, sketch), in blocks of ROWS that no number of tasks changes."""
-    sketches = np.frombuffer(b"".join(images["sketch"]), np.float32).reshape(len(images), -1)
-    shared = spark.sparkContext.broadcast((sketches, images["image_id"].to_numpy(str)))
-    n_blocks = math.ceil(len(images) / ROWS)
+def find_neighbours(spark: SparkSession, image_ids: np.ndarray, sketches: np.ndarray, n_neighbours: int) -> DataFrame:
+    """NEIGHBOURS, one row for each image, in blocks of ROWS that no number of tasks changes."""
+    shared = spark.sparkContext.broadcast((image_ids, sketches))
+    n_blocks = math.ceil(len(image_ids) / ROWS)
     schema = to_arrow_schema(NEIGHBOURS)
 
     def search(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        sketches, ids = shared.value
+        ids, sketches = shared.value
         with threadpool_limits(1):
             for block in (block for batch in batches for block in batch["id"].to_pylist()):
                 start, stop = block * ROWS, min((block + 1) * ROWS, len(ids))
@@ -190,11 +192,10 @@ def nearest(sketches: np.ndarray, start: int, stop: int, n_neighbours: int) -> t
         own = np.arange(start, stop) - first  # no image is its own neighbour
         inside = (own >= 0) & (own < similarity.shape[1])
         similarity[np.flatnonzero(inside), own[inside]] = -np.inf
-        # Few are better than the worst that is kept, but in the first columns: what is below that is not sorted.
-        if similarity.shape[1] > n_kept:
-            worst = np.maximum(best.min(axis=1), -np.partition(-similarity, n_kept - 1, axis=1)[:, n_kept - 1])
-        else:
-            worst = best.min(axis=1)
+        # Only what is not below the worst that is kept is sorted. That is little, but in the first columns.
+        worst = best.min(axis=1, initial=np.inf)
+        if first == 0 and 0 < n_kept < similarity.shape[1]:
+            worst = np.partition(similarity, -n_kept, axis=1)[:, -n_kept]
         row, column = np.nonzero(similarity >= worst[:, None])
         row = np.concatenate([row, np.repeat(np.arange(n_rows), n_kept)])
         number = np.concatenate([column + first, numbers.ravel()])
@@ -221,8 +222,17 @@ def to_bytes(rows: np.ndarray) -> pa.BinaryArray:
 
 
 def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists of equal length as an array of shape (n_rows, length)."""
-    return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1)
+    """A column of lists of equal length as an array of shape (n_rows, length).
+
+    Raises
+    ------
+    ValueError
+        a feature is not a finite number
+    """
+    matrix = features.combine_chunks().flatten().to_numpy().reshape(len(features), -1)
+    if not (is_finite := np.isfinite(matrix).all(axis=1)).all():
+        raise ValueError(f"{np.sum(~is_finite)} of {len(matrix)} feature vectors are not finite")
+    return matrix
 
 
 def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:

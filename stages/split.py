@@ -8,24 +8,27 @@ writes  OUTPUT/images    IMAGES, a row for each row of the sketches, by image_id
 
 An accuracy is honest only if no photograph that is tested is nearly equal to one that the model has learnt from. Names of
 files seldom tell which are. The photographs themselves do: two of one label are near-equal if their distance is at most
-`near` times the distance at which the nearest image of another label usually lies (the median). A group is what such pairs
-connect: single linkage (Sibson 1973, "SLINK"). Where a file's name tells its film, the film is the group. Images without a
-film join the group that they are near-equal to.
+`near` times the distance at which the nearest image of another label usually lies (the median). A label may be wrong: an
+image whose nearest neighbour has another label does not count for that. A group is what near-equal pairs connect: single
+linkage (Sibson 1973, "SLINK"). Where a file's name tells its film, the film is the group. Images without a film join the
+group that they are near-equal to.
 
-Runs without Spark. Labels are compared within themselves, so that time grows with the square of the largest label.
+Runs without Spark. Only images all of whose neighbours are near-equal have others that the table does not list. They are
+compared with one another within each label: time grows with the square of their number.
 """
 
 import argparse
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.sparse import coo_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from threadpoolctl import threadpool_limits
 
@@ -50,10 +53,10 @@ SETTINGS = pa.schema(
         ("leak", pa.float64()),  # share of images that have a near-equal neighbour of their label in the other fold
     ]
 )
-N_QUERIES = 4096  # images, about, whose nearest of their own and of another label are looked for
-USUAL_DISTANCE = 0.9  # at most, and where there is one label only; 0.86 in two collections of fruit
+N_QUERIES = 4096  # images, at most, whose nearest of another label is looked for
+USUAL_DISTANCE = 0.9  # at most, and where there is one label only; 0.75 and 0.86 in two collections of fruit
 NEAR = 0.5  # by which the leak is told, whatever `near` is
-ROWS = 1024  # of a matrix of similarities, at once
+CELLS = 2**24  # of a matrix of similarities, at once: 64 MiB
 ROUNDING = 1e-6  # of a similarity in float32
 IMBALANCE = 0.2  # of a label: the difference of its two parts, as a share of its images
 
@@ -61,92 +64,101 @@ IMBALANCE = 0.2  # of a label: the difference of its two parts, as a share of it
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     rows = read(f"{args.neighbours}/sketches", SKETCHES).to_pandas().sort_values(["image_id", "path"], ignore_index=True)
-    images = rows.drop_duplicates("image_id", ignore_index=True)
-    sketches = np.frombuffer(b"".join(images["sketch"]), np.float32).reshape(len(images), -1)
+    is_first = ~rows["image_id"].duplicated()
+    rows["image"] = is_first.cumsum() - 1
+    images = rows[is_first]
+    image_ids, is_named = images["image_id"].to_numpy(), images["film"].notna().to_numpy()
     labels = images["label"].astype("category").cat.codes.to_numpy(np.int64)
-    pairs = read_pairs(f"{args.neighbours}/neighbours", images["image_id"])
+    sketches = np.frombuffer(b"".join(rows.pop("sketch")[is_first]), np.float32).reshape(len(images), -1)
+    pairs = read_pairs(f"{args.neighbours}/neighbours", image_ids)
     with threadpool_limits(1):  # the last bits of a result depend on the number of BLAS's threads
-        usual, usual_within = usual_distances(sketches, labels)
+        usual, usual_within = usual_distances(sketches, labels, pairs)
         near, across = args.near * usual, min(args.near * usual, usual_within)
-        parts = connect_labels(sketches, labels, images["film"].notna().to_numpy(), near)
-    is_across = (labels[pairs["a"]] != labels[pairs["b"]]) & (pairs["distance"] <= across)
-    groups = join(parts, images["film"], pairs[is_across])
-    numbers = pd.Index(images["image_id"]).get_indexer(rows["image_id"])
-    folds = assign_folds(groups, images["image_id"].to_numpy(), rows[["label"]].assign(image=numbers))
+        near_pairs = choose_near(pairs, labels, is_named, near, across)
+        links = [near_pairs, connect_labels(sketches, labels, is_named, pairs, near), connect_films(rows)]
+    groups = join(len(images), links)
+    folds = assign_folds(groups, image_ids, rows)
     leak = share_of_leaks(pairs, labels, folds, NEAR * usual)
 
-    anchors = images["image_id"].to_numpy()[groups]
-    write(rows.assign(group=anchors[numbers], fold=folds[numbers]), IMAGES, f"{args.output}/images")
+    numbers = rows["image"].to_numpy()
+    write(rows.assign(group=image_ids[groups[numbers]], fold=folds[numbers]), IMAGES, f"{args.output}/images")
     settings = pd.DataFrame([[usual, near, across, leak]], columns=SETTINGS.names)
     write(settings, SETTINGS, f"{args.output}/settings")
     print(f"split: {len(rows):,} images in {len(set(groups)):,} groups; {leak:.1%} of the images leak into the other fold")
 
 
-def read_pairs(folder: str, image_ids: pd.Series) -> pd.DataFrame:
-    """a, b, distance: the numbers of each image and of each of its neighbours."""
-    neighbours = read(folder, NEIGHBOURS).to_pandas().set_index("image_id").loc[image_ids]
-    n_each = neighbours["neighbours"].map(len).to_numpy()
-    others = np.concatenate([*neighbours["neighbours"], []]).astype(str)
-    distances = np.concatenate([*neighbours["distances"], []])
-    return pd.DataFrame(
-        {
-            "a": np.repeat(np.arange(len(image_ids)), n_each),
-            "b": pd.Index(image_ids).get_indexer(others),
-            "distance": distances,
-        }
-    )
+def read_pairs(folder: str, image_ids: np.ndarray) -> pd.DataFrame:
+    """a, b, distance: the numbers of each image and of each of its neighbours, those of an image by rising distance."""
+    table, known = read(folder, NEIGHBOURS), pa.array(image_ids)
+    own = pc.index_in(table["image_id"], known).to_numpy()
+    others = pc.index_in(pc.list_flatten(table["neighbours"]), known).to_numpy()
+    a = np.repeat(own, pc.list_value_length(table["neighbours"]).to_numpy())
+    return pd.DataFrame({"a": a, "b": others, "distance": pc.list_flatten(table["distances"]).to_numpy()})
 
 
-def usual_distances(sketches: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """The median distances to the nearest image of another label, and of the same label, over some N_QUERIES images."""
-    queries = np.arange(0, len(sketches), math.ceil(len(sketches) / N_QUERIES))
-    other, same = [], []
-    for block in np.array_split(queries, math.ceil(len(queries) / ROWS)):
-        similarity = sketches[block] @ sketches.T
-        similarity[np.arange(len(block)), block] = -np.inf
-        is_same = labels[block][:, None] == labels
-        other.append(np.where(is_same, -np.inf, similarity).max(axis=1))
-        same.append(np.where(is_same, similarity, -np.inf).max(axis=1))
-    medians = [
-        to_distance(np.median(found[np.isfinite(found)])) if np.isfinite(found).any() else USUAL_DISTANCE
-        for found in (np.concatenate(other), np.concatenate(same))
-    ]
-    return min(medians[0], USUAL_DISTANCE), medians[1]
+def usual_distances(sketches: np.ndarray, labels: np.ndarray, pairs: pd.DataFrame) -> tuple[float, float]:
+    """The median distances to the nearest image of another label, and of the same label.
 
-
-def to_distance(similarity: Any) -> Any:
-    """Of unit vectors, from their scalar product."""
-    return np.sqrt(np.maximum(2 - 2 * np.asarray(similarity, np.float64), 0))
-
-
-def connect_labels(sketches: np.ndarray, labels: np.ndarray, is_named: np.ndarray, near: float) -> np.ndarray:
-    """Connect near-equal images of one label: for each image the least number of those that it is connected with.
-
-    Images whose film is known are connected with those whose film is not, but not with one another.
+    Those of images whose nearest neighbour has their label, and to such images. If some labels are wrong, the median stays:
+    otherwise one wrong frame would make a whole film near to another label.
     """
-    order = np.argsort(labels, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    parts = np.empty(len(labels), np.int64)
+    nearest = pairs.drop_duplicates("a")
+    nearest = nearest[labels[nearest["a"]] == labels[nearest["b"]]]
+    if not len(nearest):
+        return USUAL_DISTANCE, 0.0
+    sure = np.sort(nearest["a"])
+    others, labels = sketches[sure], labels[sure]
+    found = []
+    for block in blocks(np.arange(min(len(sure), N_QUERIES)), len(sure)):  # image_id is a hash: the first are like any
+        similarity = others[block] @ others.T
+        similarity[labels[block][:, None] == labels] = -np.inf
+        found.append(similarity.max(axis=1))
+    usual = math.sqrt(max(0.0, 2 - 2 * float(np.median(np.concatenate(found)))))  # of unit vectors
+    return min(usual, USUAL_DISTANCE), float(nearest["distance"].median())
 
-    def connect(some: np.ndarray) -> None:
-        parts[some] = some[connect_near(sketches[some], is_named[some], near)]
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(connect, sorted(members, key=len, reverse=True)))
-    return parts
+def choose_near(pairs: pd.DataFrame, labels: np.ndarray, is_named: np.ndarray, near: float, across: float) -> pd.DataFrame:
+    """Keep the pairs that are near-equal. Of one label, two images whose films are known are not: the films tell."""
+    a, b = pairs["a"], pairs["b"]
+    is_within = labels[a] == labels[b]
+    is_near = (pairs["distance"] <= np.where(is_within, near, across)) & ~(is_within & is_named[a] & is_named[b])
+    return pairs.loc[is_near, ["a", "b"]]
+
+
+def connect_films(rows: pd.DataFrame) -> pd.DataFrame:
+    """a, b: each image that is a frame of a film, and the first of that film."""
+    frames = rows[rows["film"].notna()]
+    return pd.DataFrame({"a": frames["image"], "b": frames.groupby("film")["image"].transform("first")})
+
+
+def connect_labels(
+    sketches: np.ndarray, labels: np.ndarray, is_named: np.ndarray, pairs: pd.DataFrame, near: float
+) -> pd.DataFrame:
+    """a, b: images of one label whose near-equal ones are not all listed, each with the first that it is connected with."""
+    is_full = np.ones(len(labels), bool)  # each that is listed is near, and there may be more
+    is_full[pairs["a"][pairs["distance"] > near]] = False
+    full = np.flatnonzero(is_full)
+    full = full[np.argsort(labels[full], kind="stable")]
+    of_label = np.split(full, np.flatnonzero(np.diff(labels[full])) + 1)
+
+    def connect(some: np.ndarray) -> pd.DataFrame:
+        return pd.DataFrame({"a": some, "b": some[connect_near(sketches[some], is_named[some], near)]})
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return pd.concat(pool.map(connect, sorted(of_label, key=len, reverse=True)))
 
 
 def connect_near(sketches: np.ndarray, is_named: np.ndarray, near: float) -> np.ndarray:
     """Single linkage, cut at a distance: for each row the least number of those that it is connected with, (n,).
 
-    Spreads from row to row through what is near enough. Each row is compared with the others once, so that memory is that of
-    a few rows' distances, and time that of all.
+    Two rows that are named are not connected. Spreads from row to row through what is near enough. Each row is compared with
+    the others once, so that memory is that of a few rows' distances, and time that of all.
     """
     parts = np.arange(len(sketches))
     if is_named.all():
         return parts
     threshold = np.float32(1 - near**2 / 2 - ROUNDING)
-    pool, matrix = np.arange(len(sketches)), sketches  # those that are not reached yet, and some that are
+    pool, matrix = parts, sketches  # those that are not reached yet, and some that are
     is_left = np.ones(len(sketches), bool)
     for first in range(len(sketches)):
         if not is_left[first]:
@@ -157,24 +169,26 @@ def connect_near(sketches: np.ndarray, is_named: np.ndarray, near: float) -> np.
             if 2 * is_left[pool].sum() < len(pool):
                 pool = pool[is_left[pool]]
                 matrix = sketches[pool]
-            block, frontier = frontier[:ROWS], frontier[ROWS:]
+            block, *rest = blocks(frontier, len(pool))
             is_near = sketches[block] @ matrix.T >= threshold
             is_near &= ~(is_named[block][:, None] & is_named[pool])
             reached = pool[is_near.any(axis=0) & is_left[pool]]
             is_left[reached] = False
             parts[reached] = first
-            frontier = np.concatenate([frontier, reached])
+            frontier = np.concatenate([*rest, reached])
     return parts
 
 
-def join(parts: np.ndarray, film: pd.Series, links: pd.DataFrame) -> np.ndarray:
-    """Join what is connected by parts, by films and by links: for each image the least number of its group, (n_images,)."""
-    first_of_film = film.dropna().drop_duplicates()
-    known = film.dropna()
-    firsts = known.map(pd.Series(first_of_film.index, first_of_film)).to_numpy(np.int64)
-    a = np.concatenate([np.arange(len(parts)), known.index.to_numpy(), links["a"]]).astype(np.int64)
-    b = np.concatenate([parts, firsts, links["b"]]).astype(np.int64)
-    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(len(parts), len(parts)))
+def blocks(numbers: np.ndarray, n_columns: int) -> list[np.ndarray]:
+    """Cut rows of a matrix of so many columns into blocks of CELLS or fewer, but of one row at least."""
+    n_rows = max(1, CELLS // max(1, n_columns))
+    return [numbers[start : start + n_rows] for start in range(0, len(numbers), n_rows)]
+
+
+def join(n_images: int, links: list[pd.DataFrame]) -> np.ndarray:
+    """For each image the least number of those that the links (a, b) connect it with, (n_images,)."""
+    pairs = pd.concat(links)
+    graph = coo_array((np.ones(len(pairs), bool), (pairs["a"], pairs["b"])), shape=(n_images, n_images))
     numbers = connected_components(graph, directed=False)[1]
     firsts = np.unique(numbers, return_index=True)[1]
     return firsts[numbers]
@@ -183,33 +197,42 @@ def join(parts: np.ndarray, film: pd.Series, links: pd.DataFrame) -> np.ndarray:
 def assign_folds(groups: np.ndarray, image_ids: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
     """Give each group a fold, so that each label has about half of its images in either: int32 array of shape (n_images,).
 
-    A group has the fold that its least image_id tells, as long as each of its labels keeps at least 40 % of its images in
-    the other fold, or would have fewer otherwise. So an image keeps its fold when others come, but where its group changes,
-    or the balance of its label does.
+    A group has the fold that its least image_id tells. Where a label then has less than 40 % of its images in one of them,
+    groups move, as few as are needed, and none if that helps nobody. So an image keeps its fold when others come, but where
+    one of these is the least of its group or where they change which groups must move.
 
     Parameters
     ----------
     groups : the number of each image's group, which is its least image
     rows : image, the number of the image, and label: one row for each file
     """
-    sizes = rows.assign(group=groups[rows["image"]]).groupby(["group", "label"]).size()
-    totals = sizes.groupby("label").sum().to_dict()
-    contents: dict[int, list[tuple[str, int]]] = {}
-    for (group, label), size in sizes.items():
-        contents.setdefault(group, []).append((label, size))
-    balance = dict.fromkeys(totals, 0)  # images in fold 1 less those in fold 0
-    folds = np.zeros(len(groups), np.int32)
-    for group in sorted(contents, key=lambda group: (-sum(size for _, size in contents[group]), group)):
-        told = int(image_ids[group][-1], 16) % 2  # its first digits are small, as it is the least
-        sign = 1 if told else -1
-        as_told = sum(abs(balance[label] + sign * size) for label, size in contents[group])
-        otherwise = sum(abs(balance[label] - sign * size) for label, size in contents[group])
-        if as_told > max(otherwise, IMBALANCE * sum(totals[label] for label, _ in contents[group])):
-            told, sign = 1 - told, -sign
-        folds[group] = told
-        for label, size in contents[group]:
-            balance[label] += sign * size
-    return folds[groups]
+    anchors, group = np.unique(groups[rows["image"]], return_inverse=True)
+    label = rows["label"].astype("category").cat.codes.to_numpy()
+    sizes = csr_array((np.ones(len(rows), np.int64), (group, label)))  # sums up what is of one group and label
+    members, totals = sizes.tocsc(), sizes.sum(axis=0)
+    sign = np.array([2 * (int(image_id[-1], 16) % 2) - 1 for image_id in image_ids[anchors]])  # the first digits are small
+    balance = sign @ sizes  # images in fold 1 less those in fold 0
+    for each in np.flatnonzero(lopsided(balance, totals)):
+        own = members.indices[members.indptr[each] : members.indptr[each + 1]]
+        some = sizes[own]
+        owner = np.repeat(np.arange(len(own)), np.diff(some.indptr))
+        while lopsided(balance, totals)[each]:
+            there, total = balance[some.indices], totals[some.indices]
+            moved = there - 2 * sign[own][owner] * some.data
+            change = np.bincount(owner, lopsided(moved, total) - lopsided(there, total))
+            best = int(change.argmin())  # of equals the first: sizes that change a little do not change who moves
+            if change[best] > -ROUNDING:
+                break
+            is_best = owner == best
+            balance[some.indices[is_best]] = moved[is_best]
+            sign[own[best]] *= -1
+    return ((sign[np.searchsorted(anchors, groups)] + 1) // 2).astype(np.int32)
+
+
+def lopsided(balance: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """How far a label is from what IMBALANCE allows, 0 if it is not; more than 1 if it is in one fold only."""
+    share = np.abs(balance) / total
+    return np.maximum(share - IMBALANCE, 0) + (share == 1)
 
 
 def share_of_leaks(pairs: pd.DataFrame, labels: np.ndarray, folds: np.ndarray, near: float) -> float:

@@ -1,6 +1,7 @@
 """Facts about number, mean and scatter matrix of each fold, of stages/covariance.py."""
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,26 +46,32 @@ def assert_same(actual: Moments, expected: Moments) -> None:
     assert_close(actual.scatter, expected.scatter)
 
 
-def write(folder: Path, files: list[Rows]) -> str:
-    """Write part-00000.parquet and so on, with another column as the stage featurize has."""
-    folder.mkdir()
+def write(folder: Path, files: list[Rows]) -> tuple[str, str]:
+    """Write features/part-00000.parquet and so on, with another column as the stage featurize has, and the split of them."""
+    (folder / "features").mkdir()
+    (folder / "split" / "images").mkdir(parents=True)
+    images = []
     for number, (fold, features) in enumerate(files):
-        columns = {
-            "label": pa.array(["apple"] * len(fold), pa.string()),
-            "fold": pa.array(fold, pa.int32()),
-            "features": pa.array(list(features), pa.list_(pa.float32())),
-        }
-        pq.write_table(pa.table(columns), folder / f"part-{number:05}.parquet")
-    return str(folder)
+        ids = pa.array([hashlib.sha256(b"%d/%d" % (number, i)).hexdigest() for i in range(len(fold))], pa.string())
+        rows = pa.array(list(features), pa.list_(pa.float32()))
+        table = pa.table({"image_id": ids, "label": pa.array(["apple"] * len(fold), pa.string()), "features": rows})
+        pq.write_table(table, folder / "features" / f"part-{number:05}.parquet")
+        images.append(pa.table({"image_id": ids, "group": ids, "fold": pa.array(fold, pa.int32())}))
+    pq.write_table(pa.concat_tables(images), folder / "split" / "images" / "part-00000.parquet")
+    return str(folder / "features"), str(folder / "split")
 
 
-def read(spark: SparkSession, folder: str) -> DataFrame:
-    return spark.read.format("binaryFile").load(f"{folder}/*.parquet")
+Inputs = tuple[DataFrame, np.ndarray, np.ndarray]  # files of features, image_id and fold of each image
 
 
-def run(files: DataFrame, max_blocks: int) -> dict[int, Row]:
+def read(spark: SparkSession, features: str, split: str) -> Inputs:
+    files, images = (spark.read.format("binaryFile").load(f"{place}/*.parquet") for place in (features, f"{split}/images"))
+    return files, *covariance.read_folds(images)
+
+
+def run(inputs: Inputs, max_blocks: int) -> dict[int, Row]:
     """All rows of MOMENTS, by fold."""
-    rows = covariance.merge_blocks(covariance.sum_blocks(files, max_blocks)).collect()
+    rows = covariance.merge_blocks(covariance.sum_blocks(*inputs, max_blocks)).collect()
     assert len({row["fold"] for row in rows}) == len(rows)
     return {row["fold"]: (row["n"], bytes(row["mean"]), bytes(row["scatter"])) for row in rows}
 
@@ -191,48 +198,68 @@ def test_each_fold_has_the_moments_that_numpy_finds(
     sizes: list[int], max_blocks: int, spark: SparkSession, tmp_path: Path
 ) -> None:
     files = [random_rows(n, seed) for seed, n in enumerate(sizes)]
-    assert_moments(run(read(spark, write(tmp_path / "features", files)), max_blocks), files)
+    assert_moments(run(read(spark, *write(tmp_path, files)), max_blocks), files)
 
 
 def test_a_fold_may_be_missing_in_some_files(spark: SparkSession, tmp_path: Path) -> None:
     files = [random_rows(9, 0, (0,)), random_rows(8, 1, (1,)), random_rows(7, 2), random_rows(6, 3, (1,))]
-    assert_moments(run(read(spark, write(tmp_path / "features", files)), max_blocks=3), files)
+    assert_moments(run(read(spark, *write(tmp_path, files)), max_blocks=3), files)
 
 
 def test_a_fold_without_any_image_has_no_row(spark: SparkSession, tmp_path: Path) -> None:
     files = [random_rows(5, seed, (1,)) for seed in range(3)]
-    assert run(read(spark, write(tmp_path / "features", files)), max_blocks=2).keys() == {1}
+    assert run(read(spark, *write(tmp_path, files)), max_blocks=2).keys() == {1}
 
 
 def test_a_file_without_rows_adds_nothing(spark: SparkSession, tmp_path: Path) -> None:
     files = [random_rows(0), random_rows(9, 1), random_rows(8, 2)]
-    assert_moments(run(read(spark, write(tmp_path / "features", files)), max_blocks=3), files)
+    assert_moments(run(read(spark, *write(tmp_path, files)), max_blocks=3), files)
 
 
 def test_the_number_of_cores_changes_no_byte(spark: SparkSession, tmp_path: Path) -> None:
-    folder = write(tmp_path / "features", [random_rows(12 + seed % 3, seed) for seed in range(7)])
+    places = write(tmp_path, [random_rows(12 + seed % 3, seed) for seed in range(7)])
     found = []
     for n_cores in (1, 2, 7):  # as Spark takes them into account when it divides files among partitions
         spark.conf.set("spark.sql.leafNodeDefaultParallelism", n_cores)
-        found.append(run(read(spark, folder), max_blocks=3))
+        found.append(run(read(spark, *places), max_blocks=3))
     assert found[1:] == found[:1] * 2
 
 
 def test_a_block_has_three_files_or_more(spark: SparkSession, tmp_path: Path) -> None:
-    files = read(spark, write(tmp_path / "features", [random_rows(6, seed) for seed in range(6)]))
-    assert covariance.sum_blocks(files, 16).select("block").distinct().count() == 2
+    inputs = read(spark, *write(tmp_path, [random_rows(6, seed) for seed in range(6)]))
+    assert covariance.sum_blocks(*inputs, 16).select("block").distinct().count() == 2
 
 
 def test_there_are_no_more_blocks_than_asked_for(spark: SparkSession, tmp_path: Path) -> None:
-    files = read(spark, write(tmp_path / "features", [random_rows(6, seed) for seed in range(7)]))
-    blocks = covariance.sum_blocks(files, 3).select("block").distinct().collect()
+    inputs = read(spark, *write(tmp_path, [random_rows(6, seed) for seed in range(7)]))
+    blocks = covariance.sum_blocks(*inputs, 3).select("block").distinct().collect()
     assert sorted(row["block"] for row in blocks) == [0, 1, 2]
 
 
 def test_main_writes_one_row_of_moments_for_each_fold(spark: SparkSession, tmp_path: Path) -> None:
     files = [random_rows(10, seed) for seed in range(3)]
-    folder, output = write(tmp_path / "features", files), str(tmp_path / "covariance")
-    covariance.main([folder, output, "--max_blocks", "2"])
+    output = str(tmp_path / "covariance")
+    covariance.main([*write(tmp_path, files), output, "--max_blocks", "2"])
     rows = pq.read_table(output).to_pylist()
     assert [list(row) for row in rows] == [["fold", "n", "mean", "scatter"]] * 2
     assert_moments({row["fold"]: (row["n"], row["mean"], row["scatter"]) for row in rows}, files)
+
+
+def test_files_of_the_same_bytes_are_rows_of_one_fold(spark: SparkSession, tmp_path: Path) -> None:
+    files = [random_rows(9, 0), random_rows(8, 1)]
+    features, split = write(tmp_path, files)
+    twice = pq.read_table(f"{split}/images")
+    pq.write_table(pa.concat_tables([twice, twice]), f"{split}/images/part-00000.parquet")
+    assert_moments(run(read(spark, features, split), max_blocks=2), files)
+
+
+def test_images_are_found_among_those_that_have_a_fold() -> None:
+    ids, folds = np.array([b"a", b"c", b"e"]), np.array([0, 1, 0], np.int8)
+    np.testing.assert_array_equal(covariance.look_up(np.array([b"e", b"a", b"c", b"e"]), ids, folds), [0, 0, 1, 0])
+
+
+@pytest.mark.parametrize("missing", [b"0", b"b", b"z"], ids=str)
+def test_an_image_without_a_fold_is_refused(missing: bytes) -> None:
+    ids, folds = np.array([b"a", b"c", b"e"]), np.array([0, 1, 0], np.int8)
+    with pytest.raises(ValueError, match=f"^1 of 3 images have no fold; the first is {missing.decode()}\\."):
+        covariance.look_up(np.array([b"e", missing, b"c"]), ids, folds)

@@ -475,9 +475,7 @@ class Workplace:
         )
 
     def ingest(self) -> None:
-        flags = (
-            "--group_pattern x --fold_pattern x --max_pixels 10000 --max_file_mb 1 --max_quarantine_ratio 0 --file_size_mb 1"
-        )
+        flags = "--group_pattern x --max_pixels 10000 --max_file_mb 1 --max_quarantine_ratio 0 --file_size_mb 1"
         process = self.start("ingest.py", "images", "ingested", *flags.split())
         assert (process.communicate()[1], process.returncode) == ("", 0)
 

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 from pyspark.sql import Row, SparkSession
 
+from bootstrap import parameters
 from stages import ingest
 from tests.helpers import PARAMS
 
-PATTERNS = {name: PARAMS["ingest"][name] for name in ("group_pattern", "fold_pattern")}
-LIMITS = {"max_bytes": 20_000, "max_pixels": 10_000, **PATTERNS}
+PATTERN = PARAMS["ingest"]["group_pattern"]
+LIMITS = {"max_bytes": 20_000, "max_pixels": 10_000, "group_pattern": PATTERN}
 ORIENTATION = 0x0112  # EXIF tag
 
 ImageBytes = Callable[..., bytes]
@@ -325,36 +326,27 @@ def test_an_image_of_too_many_pixels_is_refused_before_its_pixels_are_read() -> 
     assert refusal(png_without_pixels(60_000, 60_000))[0] == "too_many_pixels"
 
 
-# Groups and folds, by the patterns of params.yaml
-
-SHA = "3f" * 32
+# Films, by the pattern of params.yaml
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "fold"),
+    ("name", "film"),
     [
-        ("31_100.jpg", "Apple/", 0),
-        ("0_100.jpg", "Apple/", 0),
-        ("r_31_100.jpg", "Apple/r", 1),
-        ("r2_31_100.jpg", "Apple/r2", 1),
-        ("IMG_1.jpg", SHA, 1),
-        ("31_100_edited.jpg", SHA, 1),
+        ("31_100.jpg", "Apple/"),
+        ("0_100.jpg", "Apple/"),
+        ("r_31_100.jpg", "Apple/r"),
+        ("r0_31.jpg", "Apple/r0"),
+        ("r2_31_100.jpg", "Apple/r2"),
+        ("IMG_1.jpg", None),
+        ("31_100_edited.jpg", None),
     ],
 )
-def test_the_name_tells_the_film_and_the_fold(name: str, group: str, fold: int) -> None:
-    assert ingest.provenance(SHA, "Apple", name, **PATTERNS) == (group, fold)
+def test_the_name_tells_the_film(name: str, film: str | None) -> None:
+    assert ingest.film_of("Apple", name, PATTERN) == film
 
 
-def test_films_of_two_labels_are_two_groups() -> None:
-    apple, pear = (ingest.provenance(SHA, label, "31_100.jpg", **PATTERNS) for label in ("Apple", "Pear"))
-    assert apple != pear
-
-
-def test_of_images_whose_name_says_nothing_half_are_in_each_fold() -> None:
-    ids = [hashlib.sha256(bytes([i])).hexdigest() for i in range(256)]
-    folds = [ingest.provenance(image_id, "Apple", "IMG_1.jpg", **PATTERNS)[1] for image_id in ids]
-    assert set(folds) == {0, 1}
-    assert 128 - 4 * 8 < sum(folds) < 128 + 4 * 8  # four standard deviations of 256 tosses of a coin
+def test_films_of_two_labels_are_two() -> None:
+    assert ingest.film_of("Apple", "31_100.jpg", PATTERN) != ingest.film_of("Pear", "31_100.jpg", PATTERN)
 
 
 def test_a_pattern_that_is_no_regular_expression_is_refused() -> None:
@@ -511,10 +503,8 @@ def test_the_same_bytes_keep_a_row_for_each_file(delivery: Delivery) -> None:
     assert [row.label for row in twins] == ["twins", "twins", "Kiwi"]
 
 
-def test_group_and_fold_are_those_of_the_name(delivery: Delivery) -> None:
-    frame, photograph = delivery.row("Kiwi/0_100.jpg"), delivery.row("twins/one.jpg")
-    assert (frame.group, frame.fold) == ("Kiwi/", 0)
-    assert photograph.group == photograph.image_id
+def test_the_film_is_that_of_the_name(delivery: Delivery) -> None:
+    assert (delivery.row("Kiwi/0_100.jpg").film, delivery.row("twins/one.jpg").film) == ("Kiwi/", None)
 
 
 def test_labels_and_bytes_are_counted_of_images_only(delivery: Delivery) -> None:
@@ -568,3 +558,13 @@ def test_too_many_refused_files_are_counted_and_the_first_named_with_their_reaso
     assert "6 of 1,234 files" in first
     assert "max_quarantine_ratio 0.01" in first
     assert examples == [f"  Kiwi/{i}.jpg: truncated, detail {i}" for i in (1, 2, 3, 4, 5)]
+
+
+def test_a_collection_without_any_image_ends_the_run_whatever_share_may_be_refused(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    (tmp_path / "photos" / "Kiwi").mkdir(parents=True)
+    (tmp_path / "photos" / "Kiwi" / "letter.jpg").write_bytes(b"Dear customer")
+    flags = PARAMS["ingest"] | {"max_quarantine_ratio": 1}
+    with pytest.raises(SystemExit, match="1 of 1 files are refused"):
+        ingest.main([str(tmp_path / "photos"), str(tmp_path / "ingested"), *parameters.flags(flags)])
