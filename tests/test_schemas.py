@@ -30,7 +30,6 @@ from pyspark.sql.types import StructType
         ("stages.evaluate", "SETTINGS", "stages.reduce", "SETTINGS"),
         ("stages.evaluate", "EMBEDDINGS", "stages.reduce", "EMBEDDINGS"),
         ("stages.drift", "IMAGES", "stages.featurize", "FEATURES"),
-        ("stages.drift", "EARLIER", "stages.featurize", "FEATURES"),
         ("stages.drift", "VECTORS", "stages.featurize", "FEATURES"),
         ("stages.drift", "SCALING", "stages.reduce", "SCALING"),
         ("stages.drift", "COMPONENTS", "stages.reduce", "COMPONENTS"),

@@ -440,7 +440,7 @@ def test_a_label_called_na_is_one_like_any_other(tmp_path: Path, images: pd.Data
     renamed = images.assign(label=images["label"].replace("label 0", "NA"))
     output = run(tmp_path, relabel(renamed, 3, "label 2"))
     assert listed(output)["looks_like"].tolist() == ["NA"]
-    assert "NA" in {each["label"] for each in report.first_suspects(str(output))["labels"]}
+    assert "NA" in {each["label"] for each in report.pick_suspects(str(output))["labels"]}
 
 
 def test_the_order_of_the_rows_changes_no_byte(tmp_path: Path) -> None:
@@ -464,11 +464,11 @@ def test_a_number_out_of_its_bounds_is_refused(flag: str, value: float, capsys: 
 
 def test_the_report_shows_the_first_and_counts_all(tmp_path: Path) -> None:
     output = run(tmp_path, make(spread=0.5, n_groups=4, size=20), outlier=1)
-    shown = report.first_suspects(str(output))
+    shown = report.pick_suspects(str(output))
     assert [each["path"] for each in shown["suspects"]] == listed(output)["path"].head(report.SUSPECTS).tolist()
     assert sum(shown["counts"]["suspects"].values()) == len(listed(output)) > report.SUSPECTS
 
 
 @pytest.mark.parametrize("folder", [None, "nowhere"])
 def test_where_nobody_looked_for_suspects_the_report_names_none(folder: str | None, tmp_path: Path) -> None:
-    assert report.first_suspects(folder and str(tmp_path / folder)) == {}
+    assert report.pick_suspects(folder and str(tmp_path / folder)) == {}
