@@ -100,6 +100,10 @@ def test_a_conflict_that_ended_is_said() -> None:
     )
 
 
+def test_an_image_to_look_at_for_two_reasons_is_counted_once() -> None:
+    assert compare([("a", "Fig"), ("a", "Pear"), *SAME[1:], ("b", "Fig")])["look_at"] == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_changes_are_those_that_sets_of_labels_tell(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -221,8 +225,8 @@ def test_known_and_new_labels_are_two_figures() -> None:
 
 
 def test_each_label_with_new_images_has_a_ratio_the_worst_first() -> None:
-    rows = [*SAME, ("d", "Apple"), ("e", "Pear"), ("f", "Pear"), ("g", "Fig")]
-    assert compare(rows, [1.0, 2.0, 3.0, 3.0, 3.0, 8.0, 4.0, 3.0])["by_label"] == [
+    rows = [*SAME, ("d", "Apple"), ("e", "Pear"), ("f", "Pear"), ("f", "Pear"), ("g", "Fig")]
+    assert compare(rows, [1.0, 2.0, 3.0, 3.0, 3.0, 8.0, 4.0, 4.0, 3.0])["by_label"] == [
         {"label": "Pear", "is_new": True, "images": 2, "ratio": 3.0},
         {"label": "Apple", "is_new": False, "images": 1, "ratio": 2.0},
         {"label": "Fig", "is_new": False, "images": 1, "ratio": 1.0},
@@ -283,6 +287,14 @@ def test_errors_are_those_of_scikit_learn(k: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         drift.reconstruction_errors(str(tmp_path / "features"), basis), (lost**2).sum(axis=1), rtol=1e-9, atol=1e-9
     )
+
+
+def test_what_is_left_by_rounding_is_no_error(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(100, 1, (50, 40)).astype(np.float32)
+    write(tmp_path / "features", {"features": list(rows)})
+    oracle = PCA(40).fit(rows.astype(np.float64))
+    basis = Basis(oracle.mean_, np.ones(40), oracle.components_)
+    assert not drift.reconstruction_errors(str(tmp_path / "features"), basis).any()
 
 
 def test_errors_are_of_scaled_features(tmp_path: Path) -> None:
