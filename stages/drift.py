@@ -106,7 +106,7 @@ def compare(images: pd.DataFrame, earlier: pd.DataFrame, suspects: pd.DataFrame)
         "conflicting": len(names["conflicting"]),
     }
     if errors:
-        drift["error"] = errors
+        drift["reconstruction_error"] = errors  # what DVC finds under "error" is a failure to it
     drift["names"] = {name: found.tolist()[:N_LISTED] for name, found in names.items()}
     drift["names"] |= {f"{name}_labels": found for name, found in labels.items()}
     drift["by_label"] = by_label.to_dict("records")
