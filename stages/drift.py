@@ -40,6 +40,7 @@ SCALING = ("feature", "mean", "scale")
 COMPONENTS = ("component", "weights")
 LABELLING = ["image_id", "label"]
 RARE = 0.01  # share of the earlier images whose reconstruction error is unusual, and what chance may do to a delivery
+ROUNDING = 1e-9  # of a sum of squares
 ROWS = 4096  # of features, at once
 N_NAMED = 5  # names in a line, at most
 N_LISTED = 1000  # names in a list of OUTPUT, at most: git keeps it
@@ -105,7 +106,7 @@ def compare(images: pd.DataFrame, earlier: pd.DataFrame, suspects: pd.DataFrame)
         "conflicting": len(names["conflicting"]),
     }
     if errors:
-        drift["error"] = errors
+        drift["reconstruction_error"] = errors  # what DVC finds under "error" is a failure to it
     drift["names"] = {name: found.tolist()[:N_LISTED] for name, found in names.items()}
     drift["names"] |= {f"{name}_labels": found for name, found in labels.items()}
     drift["by_label"] = by_label.to_dict("records")
@@ -184,7 +185,7 @@ def find_suspects(suspects: pd.DataFrame, images: pd.DataFrame, new: pd.Series) 
 
 def paths_of(images: pd.DataFrame) -> pd.Series:
     """The first path of each image, by image_id."""
-    return images.groupby("image_id")["path"].min()
+    return images.sort_values("path").drop_duplicates("image_id").set_index("image_id")["path"]
 
 
 def labels_of(labellings: pd.DataFrame, images: pd.DataFrame) -> pd.Series:
@@ -267,8 +268,9 @@ def reconstruction_errors(features: str, basis: Basis) -> np.ndarray:
     for batch in ds.dataset(features, format="parquet").to_batches(list(VECTORS), batch_size=ROWS):
         rows = to_matrix(batch["features"].flatten().to_numpy(), len(batch))
         scaled = (rows - basis.mean) / basis.scale
-        lost = (scaled**2).sum(axis=1) - ((scaled @ basis.components.T) ** 2).sum(axis=1)
-        errors.append(lost.clip(0))  # rounding
+        whole = (scaled**2).sum(axis=1)
+        lost = whole - ((scaled @ basis.components.T) ** 2).sum(axis=1)
+        errors.append(np.where(lost > ROUNDING * whole, lost, 0))
     return np.concatenate(errors)
 
 

@@ -100,6 +100,10 @@ def test_a_conflict_that_ended_is_said() -> None:
     )
 
 
+def test_an_image_to_look_at_for_two_reasons_is_counted_once() -> None:
+    assert compare([("a", "Fig"), ("a", "Pear"), *SAME[1:], ("b", "Fig")])["look_at"] == 2
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_changes_are_those_that_sets_of_labels_tell(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -194,7 +198,7 @@ def test_unusual_images_are_unlike_where_chance_does_not_explain_them(n_unusual:
 
 
 def error(rows: list[tuple[str, str]], errors: list[float]) -> dict[str, Any]:
-    return compare(rows, errors)["error"]
+    return compare(rows, errors)["reconstruction_error"]
 
 
 def test_a_known_label_is_compared_with_the_distinct_earlier_images_of_that_label() -> None:
@@ -221,8 +225,8 @@ def test_known_and_new_labels_are_two_figures() -> None:
 
 
 def test_each_label_with_new_images_has_a_ratio_the_worst_first() -> None:
-    rows = [*SAME, ("d", "Apple"), ("e", "Pear"), ("f", "Pear"), ("g", "Fig")]
-    assert compare(rows, [1.0, 2.0, 3.0, 3.0, 3.0, 8.0, 4.0, 3.0])["by_label"] == [
+    rows = [*SAME, ("d", "Apple"), ("e", "Pear"), ("f", "Pear"), ("f", "Pear"), ("g", "Fig")]
+    assert compare(rows, [1.0, 2.0, 3.0, 3.0, 3.0, 8.0, 4.0, 4.0, 3.0])["by_label"] == [
         {"label": "Pear", "is_new": True, "images": 2, "ratio": 3.0},
         {"label": "Apple", "is_new": False, "images": 1, "ratio": 2.0},
         {"label": "Fig", "is_new": False, "images": 1, "ratio": 1.0},
@@ -237,7 +241,7 @@ def test_the_worst_labels_are_said() -> None:
 
 def test_unusual_are_those_that_lose_more_than_99_percent_of_the_earlier() -> None:
     images = table([*OLD, ("d", "Fig"), ("e", "Fig")], [*ERRORS, 98.5, 99.5])
-    assert drift.compare(images, table(OLD), NONE)[0]["error"]["new_labels"]["unusual"] == 0.5
+    assert drift.compare(images, table(OLD), NONE)[0]["reconstruction_error"]["new_labels"]["unusual"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -251,7 +255,7 @@ def test_unusual_are_those_that_lose_more_than_99_percent_of_the_earlier() -> No
     ids=["none is new", "all are new", "another backbone", "nothing is lost"],
 )
 def test_where_nothing_can_be_compared_there_is_no_error(rows: list[tuple[str, str]], errors: list[float] | None) -> None:
-    assert "error" not in compare(rows, errors)
+    assert "reconstruction_error" not in compare(rows, errors)
 
 
 # Output
@@ -283,6 +287,14 @@ def test_errors_are_those_of_scikit_learn(k: int, tmp_path: Path) -> None:
     np.testing.assert_allclose(
         drift.reconstruction_errors(str(tmp_path / "features"), basis), (lost**2).sum(axis=1), rtol=1e-9, atol=1e-9
     )
+
+
+def test_what_is_left_by_rounding_is_no_error(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(100, 1, (50, 40)).astype(np.float32)
+    write(tmp_path / "features", {"features": list(rows)})
+    oracle = PCA(40).fit(rows.astype(np.float64))
+    basis = Basis(oracle.mean_, np.ones(40), oracle.components_)
+    assert not drift.reconstruction_errors(str(tmp_path / "features"), basis).any()
 
 
 def test_errors_are_of_scaled_features(tmp_path: Path) -> None:
@@ -318,10 +330,10 @@ class Repository:
         write(folder / "reduced/model/scaling", {"feature": [1, 0], "mean": [0.0, 2.0], "scale": [1.0, 1.0]})
         write(folder / "reduced/model/components", {"component": [1], "weights": [[1.0, 0.0]]})
 
-    def run(self, *command: str) -> None:
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(self.folder)}
         own |= {f"GIT_{who}_{what}": "nobody" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-        subprocess.run(command, cwd=self.folder, env=os.environ | own, check=True, capture_output=True)
+        return subprocess.run(command, cwd=self.folder, env=os.environ | own, check=True, capture_output=True, text=True)
 
     def images(self, rows: list[tuple[str, str, list[float]]]) -> None:
         (self.folder / "features/part-00000.parquet").unlink(missing_ok=True)  # a link into DVC's cache
@@ -356,7 +368,16 @@ def test_todays_images_are_compared_with_the_last_commits(repository: Repository
     repository.images(MORE)
     found = repository.drift()
     # Lost by projection on the first axis: 0, 1 and 1 of the earlier, 4 of the new one.
-    assert (found["new"]["images"], found["error"]) == (1, {"new_labels": {"images": 1, "ratio": 6.0, "unusual": 1.0}})
+    errors = {"new_labels": {"images": 1, "ratio": 6.0, "unusual": 1.0}}
+    assert (found["new"]["images"], found["reconstruction_error"]) == (1, errors)
+
+
+def test_dvc_shows_the_output_and_sees_no_failure_in_it(repository: Repository) -> None:
+    repository.commit()
+    repository.images(MORE)
+    repository.drift()
+    shown = repository.run("dvc", "metrics", "show", "reports/drift.json")
+    assert ("reconstruction_error.new_labels.ratio" in shown.stdout, shown.stderr) == (True, "")
 
 
 def test_the_suspects_are_todays(repository: Repository) -> None:
@@ -379,7 +400,7 @@ def test_features_of_another_backbone_are_not_compared(repository: Repository) -
     (repository.folder / "backbone/backbone.json").unlink()
     (repository.folder / "backbone/backbone.json").write_text(json.dumps({"graph_sha256": "two"}))
     found = repository.drift()
-    assert (found["new"]["images"], "error" in found) == (1, False)
+    assert (found["new"]["images"], "reconstruction_error" in found) == (1, False)
 
 
 def test_without_an_earlier_run_nothing_is_compared_and_nothing_fails(
