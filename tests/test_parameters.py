@@ -25,7 +25,7 @@ WRONG = [
     (stage, name, value)
     for stage, name in NUMBERS
     for value in ("0", "-1", "much", "nan", "1" + 30 * "0")
-    if value != "0" or name not in ("seed", "max_quarantine_ratio", "near", "max_loss")
+    if value != "0" or name not in ("seed", "max_quarantine_ratio", "near", "margin", "max_loss")
 ]
 
 
