@@ -412,7 +412,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("reviewed")
     parser.add_argument("output")
     parser.add_argument("--share", type=between(float, 0.5, 1), required=True, help="that is nearly all")
-    parser.add_argument("--margin", type=between(float, 0, 1), required=True, help="share of a distance that is much nearer")
+    parser.add_argument("--margin", type=between(float, 0.01, 1), required=True, help="share of a distance that is nearer")
     parser.add_argument("--outlier", type=between(float, 1, 1000), required=True, help="robust standard deviations")
     return parser.parse_args(argv)
 

@@ -341,9 +341,12 @@ def test_what_a_person_found_right_is_not_listed_again_but_counted(tmp_path: Pat
     assert (metrics(first)["reviewed"], metrics(again)["reviewed"]) == (0, 1)
 
 
-def test_without_a_path_an_image_is_right_wherever_it_lies(tmp_path: Path, images: pd.DataFrame) -> None:
+@pytest.mark.parametrize(
+    "reviewed", ["image_id\n{}\n", "path,image_id,reason,note\n,{},label,\n"], ids=["no column", "empty"]
+)
+def test_without_a_path_an_image_is_right_wherever_it_lies(reviewed: str, tmp_path: Path, images: pd.DataFrame) -> None:
     noisy = relabel(images, 3, "label 3")
-    assert len(listed(run(tmp_path, noisy, f"image_id\n{noisy['image_id'][3]}\n"))) == 0
+    assert len(listed(run(tmp_path, noisy, reviewed.format(noisy["image_id"][3])))) == 0
 
 
 def test_with_a_path_an_image_is_right_there_only(tmp_path: Path, images: pd.DataFrame) -> None:
