@@ -51,7 +51,7 @@ NEIGHBOURS = T.StructType(
 N_COMPONENTS = 64
 N_SAMPLE = 8192  # images at most, those of least SHA-256, that the components are fitted on
 SPARE = 4  # neighbours found in float32, of which float64 chooses
-ROWS, COLUMNS = 1024, 16384  # of a matrix of similarities, at once
+ROWS, COLUMNS = 1024, 8192  # of a matrix of similarities, at once
 IMAGES_PER_FILE = 16384
 MAX_TASKS = 512
 
@@ -196,7 +196,7 @@ def nearest(sketches: np.ndarray, start: int, stop: int, n_neighbours: int) -> t
         worst = best.min(axis=1, initial=np.inf)
         if first == 0 and 0 < n_kept < similarity.shape[1]:
             worst = np.partition(similarity, -n_kept, axis=1)[:, -n_kept]
-        row, column = np.nonzero(similarity >= worst[:, None])
+        row, column = np.divmod(np.flatnonzero(similarity >= worst[:, None]), similarity.shape[1])
         row = np.concatenate([row, np.repeat(np.arange(n_rows), n_kept)])
         number = np.concatenate([column + first, numbers.ravel()])
         value = np.concatenate([similarity[row[: len(column)], column], best.ravel()])

@@ -212,11 +212,11 @@ def assign_folds(groups: np.ndarray, image_ids: np.ndarray, rows: pd.DataFrame) 
     members, totals = sizes.tocsc(), sizes.sum(axis=0)
     sign = np.array([2 * (int(image_id[-1], 16) % 2) - 1 for image_id in image_ids[anchors]])  # the first digits are small
     balance = sign @ sizes  # images in fold 1 less those in fold 0
-    for each in np.flatnonzero(lopsided(balance, totals)):
+    for each in [*range(len(totals))] * 2:  # twice: a group that moves for one label may be of an earlier one
         own = members.indices[members.indptr[each] : members.indptr[each + 1]]
         some = sizes[own]
         owner = np.repeat(np.arange(len(own)), np.diff(some.indptr))
-        while lopsided(balance, totals)[each]:
+        while lopsided(balance[each], totals[each]):
             there, total = balance[some.indices], totals[some.indices]
             moved = there - 2 * sign[own][owner] * some.data
             change = np.bincount(owner, lopsided(moved, total) - lopsided(there, total))

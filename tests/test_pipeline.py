@@ -16,7 +16,7 @@ def test_a_second_run_has_nothing_to_do(clone: Path) -> None:
     assert run("dvc", "repro", cwd=clone).count("didn't change, skipping") == len(PIPELINE)
 
 
-def test_another_k_runs_reduce_and_evaluate_only(clone: Path) -> None:
+def test_another_k_runs_reduce_and_evaluate_and_their_record_only(clone: Path) -> None:
     said = run("dvc", "exp", "run", "-S", "reduce.k=4", cwd=clone)
     ran = [line.split("'")[1] for line in said.splitlines() if line.startswith("Running stage")]
     assert ran == ["reduce", "evaluate", "runtime"]  # and the record of the run

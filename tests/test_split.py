@@ -145,6 +145,13 @@ def test_films_win_over_content(tmp_path: Path) -> None:
     assert partition(rows["group"]) == {frozenset(range(6)), frozenset(range(6, 12)), frozenset(range(12, 24))}
 
 
+def test_films_of_more_frames_than_there_are_neighbours_win_over_content(tmp_path: Path) -> None:
+    images = collect(("kiwi", 40, "kiwi/r"), ("kiwi", 1, None), ("fig", 9, None))
+    images.loc[20:39, "film"] = "kiwi/r2"  # of the same thing
+    rows, _ = run(tmp_path, images)
+    assert rows["group"][:40].nunique() == 2
+
+
 def test_a_film_is_one_group_however_different_its_frames_are(tmp_path: Path) -> None:
     rows, _ = run(tmp_path, collect(("kiwi", 3, "kiwi/r"), ("kiwi", 3, "kiwi/r"), ("kiwi", 3, None)))
     assert partition(rows["group"]) == {frozenset(range(6)), frozenset(range(6, 9))}
@@ -288,6 +295,23 @@ def test_films_of_one_thing_with_two_names_leak(tmp_path: Path) -> None:
     assert settings["leak"] == np.mean(pairs[0] != pairs[1]) > 0
 
 
+@pytest.mark.parametrize(
+    ("distance", "labels", "folds", "leak"),
+    [
+        (0.5, [0, 0, 1, 1], [0, 1, 0, 0], 0.5),
+        (0.501, [0, 0, 1, 1], [0, 1, 0, 0], 0),
+        (0.5, [0, 1, 1, 1], [0, 1, 0, 0], 0),
+        (0.5, [0, 0, 1, 1], [1, 1, 0, 0], 0),
+    ],
+    ids=["a leak", "not near", "two labels", "one fold"],
+)
+def test_a_leak_is_an_image_that_has_a_near_neighbour_of_its_label_in_the_other_fold(
+    distance: float, labels: list[int], folds: list[int], leak: float
+) -> None:
+    pairs = pd.DataFrame({"a": [0, 1, 2, 2], "b": [1, 0, 3, 0], "distance": [distance, distance, 1.0, 1.0]})
+    assert split.share_of_leaks(pairs, np.array(labels), np.array(folds), near=0.5) == leak
+
+
 def test_all_copies_of_one_picture_are_one_group(tmp_path: Path) -> None:
     images = collect(*[("kiwi", 1, None)] * 30, *[("fig", 1, None)] * 30)
     images["sketch"] = [images.at[0, "sketch"]] * 60
@@ -323,6 +347,23 @@ def test_labels_are_in_both_folds_also_where_groups_are_of_two_labels(seed: int)
     folds = split.assign_folds(groups, np.array(sorted(digest(1000 * seed + i) for i in range(400))), rows)
     has_choice = pd.Series(groups).groupby(label).nunique() > 1
     assert (pd.Series(folds).groupby(label).nunique() == 2)[has_choice].all()
+
+
+def shares_of(last_digits: str, contents: list[str]) -> pd.Series:
+    """The shares of fold 1, of groups of images of these labels, a letter for each, whose least image_ids end in these."""
+    sizes = [len(each) for each in contents]
+    groups = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    ids = np.repeat([digest(0)[:-1] + each for each in last_digits], sizes)
+    rows = pd.DataFrame({"image": range(len(groups)), "label": [*"".join(contents)]})
+    return shares(rows.assign(fold=split.assign_folds(groups, ids, rows)))
+
+
+def test_a_label_is_put_in_both_folds_even_if_that_makes_others_less_equal() -> None:
+    assert shares_of("011", ["aabc", "bbccc", "abc"]).between(0, 1, inclusive="neither").all()
+
+
+def test_a_label_is_mended_that_a_move_for_a_later_one_makes_lopsided() -> None:
+    assert shares_of("0110", ["ab", "a", "aa", "aab"]).between(0.4, 0.6).all()
 
 
 # Growth
