@@ -119,7 +119,7 @@ def compare(images: pd.DataFrame, earlier: pd.DataFrame, suspects: pd.DataFrame)
     for name, said in (
         ("relabelled", "left a label"),
         ("conflicting", "joined a label beside another"),
-        ("suspects", "new, of a label that looks wrong"),
+        ("suspects", "new, and in reports/suspects"),
         ("unlike", "new, not like the earlier ones"),
     ):
         found = names[name].tolist()

@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics["tested"]["labels_untested"] = len(labels) - n_tested
     metrics["leak"] = {"near_equal": rounded(leak)}
     metrics["leak"]["is_suspected"] = int(leak_warning(metrics) is not None)
+    if metrics["leak"]["is_suspected"]:
+        metrics["variance"].pop("k_enough", None)  # few components are enough for what was learnt by heart
     metrics |= unseen(sample)
     tables = {
         "spectrum": spectrum,
@@ -142,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     output.mkdir()
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     said = [*say_images(metrics), *say_accuracies(metrics, labels)]
-    if folds:
+    if folds and not metrics["leak"]["is_suspected"]:
         said += [say_loss(accuracy, k, metrics["variance"].get("k_enough"), n_groups, args.max_loss)]
     if "unseen" in metrics:
         said += [say_unseen(**metrics["unseen"])]

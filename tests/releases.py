@@ -23,7 +23,8 @@ from tests.helpers import PARAMS, ROOT, SPARK_STAGES
 PLACES = {
     "ingest": ["data/sample", "ingested"],
     "featurize": ["ingested", "data/backbone", "features"],
-    "covariance": ["features", "covariance"],
+    "neighbours": ["features", "neighbours"],
+    "covariance": ["features", "data/split", "covariance"],
     "reduce": ["features", "covariance", "reduced"],
 }
 TOLERANCE = 1e-6

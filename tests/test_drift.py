@@ -127,7 +127,7 @@ def test_suspects_are_counted_among_new_images_only() -> None:
     )
     found, said = drift.compare(table([*SAME, ("d", "Fig"), ("e", "Fig")]), EARLIER, suspects)
     assert found["new"]["suspects"] == 1
-    assert "suspects: 1 image (new, of a label that looks wrong): Fig/d.jpg (other label)" in said
+    assert "suspects: 1 image (new, and in reports/suspects): Fig/d.jpg (other label)" in said
 
 
 # Lines for people

@@ -400,6 +400,12 @@ def test_a_group_in_both_folds_ends_it_and_is_named(tmp_path: Path) -> None:
 # Whether it can be trusted
 
 
+def test_of_images_that_leak_no_k_is_called_enough(tmp_path: Path) -> None:
+    inputs = write_inputs(tmp_path, make_images(), k=3, leak=0.55561)
+    metrics = run_evaluate(inputs, tmp_path / "report", max_loss=1.0)
+    assert ("k_enough" in metrics["variance"], "enough" in (tmp_path / "report/summary.txt").read_text()) == (False, False)
+
+
 def test_a_leak_is_warned_of_in_summary_and_metrics(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path, make_images(), k=3, leak=0.55561)
     metrics = run_evaluate(inputs, tmp_path / "report")

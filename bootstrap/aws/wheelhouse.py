@@ -28,7 +28,7 @@ from bootstrap.aws import cloud, residency
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALL = Path(__file__).with_name("install.sh")
-# What ingest, featurize, covariance and reduce import.
+# What the stages on Spark import.
 IMPORTED = ("numpy", "pandas", "pillow", "pyarrow", "tensorflow-cpu", "threadpoolctl")
 PYTHON = "3.11"  # which all the releases have
 # Amazon Linux 2023 has glibc 2.34, and runs what was built for an older one. pip wants the name of each older one.
