@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import yaml
 from threadpoolctl import threadpool_limits
 
-from benchmarks.bench import peaks
+from benchmarks.bench import watch_memory
 from benchmarks.growing import machine, submit
 from bootstrap.parameters import flags
 from stages import neighbours
@@ -47,7 +47,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_features(folder / "features", n)
-            with peaks() as most:
+            with watch_memory() as most:
                 _, seconds = submit(folder, "neighbours", "features", "neighbours", PARAMS["neighbours"])
             report(measured, f"neighbours, {n:,} images", seconds, most)
             report(measured, f"split, {n:,} images", *split(folder))
@@ -117,7 +117,7 @@ def write_features(folder: Path, n: int) -> None:
 
 
 def write_neighbours(folder: Path, sketches: np.ndarray, frames: int) -> None:
-    """What the stage neighbours would write, but that neighbours are the next rows: of a film, frames of the same film."""
+    """Write what the stage neighbours would, but for neighbours that are the next rows: frames of the same film."""
     n, k = len(sketches), PARAMS["neighbours"]["n_neighbours"]
     table = pa.table(describe(n, frames))
     place = np.arange(n)
