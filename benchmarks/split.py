@@ -63,19 +63,24 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             write_neighbours(Path(place) / "neighbours", sketches if frames > 1 else make_rows(MILLION, 64, 1), frames)
             report(measured, f"split, {MILLION:,} images, {name}", *split(Path(place)))
-    exponents = {
-        stage: round(math.log(steps[1] / steps[0]) / math.log(SIZES[1] / SIZES[0]), 2)
-        for stage in ("neighbours", "split")
-        if (steps := [measured[f"{stage}, {n:,} images"]["seconds"] for n in SIZES])
-    }
-    results = {"machine": machine(), "measured": measured, "exponents": exponents}
+    results = {"machine": machine(), "measured": measured, "exponents": exponents(measured)}
     (ROOT / "benchmarks/split.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"exponents from {SIZES[0]:,} to {SIZES[1]:,} images, start included: {exponents}")
+    print(f"exponents from each size to the next, start included: {results['exponents']}")
 
 
 def report(measured: dict[str, Any], name: str, seconds: float, mib: dict[str, int]) -> None:
     measured[name] = {"seconds": round(seconds, 1), "mib": mib}
     print(f"{name:<70}{seconds:>9.1f} s   {', '.join(f'{kind} {most:,} MiB' for kind, most in mib.items())}", flush=True)
+
+
+def exponents(measured: dict[str, Any]) -> dict[str, list[float]]:
+    """The slope of the seconds from each size to the next, both as logarithms."""
+    last = {"neighbours": f"neighbours, {MILLION:,} images, from one block", "split": f"split, {MILLION:,} images, films"}
+    found = {}
+    for stage, name in last.items():
+        seconds = [measured[each]["seconds"] for each in (*(f"{stage}, {n:,} images" for n in SIZES), name)]
+        found[stage] = np.round(np.diff(np.log(seconds)) / np.diff(np.log([*SIZES, MILLION])), 2).tolist()
+    return found
 
 
 def split(folder: Path) -> tuple[float, dict[str, int]]:

@@ -146,7 +146,7 @@ def test_films_win_over_content(tmp_path: Path) -> None:
 
 
 def test_films_of_more_frames_than_there_are_neighbours_win_over_content(tmp_path: Path) -> None:
-    images = collect(("kiwi", 40, "kiwi/r"), ("kiwi", 1, None), ("fig", 9, None))
+    images = collect(("kiwi", 40, "kiwi/r"), ("kiwi", 20, None), ("fig", 9, None))
     images.loc[20:39, "film"] = "kiwi/r2"  # of the same thing
     rows, _ = run(tmp_path, images)
     assert rows["group"][:40].nunique() == 2
@@ -211,6 +211,14 @@ def test_what_is_less_near_than_frames_usually_are_is_a_group_only_within_a_labe
     assert settings["near_distance_across_labels"] < 0.29 < 0.31 < settings["near_distance"]
     others = {frozenset(range(start, start + 12)) for start in (12, 24, 36)}
     assert partition(rows["group"]) == {frozenset([*range(12), 48]), frozenset([49]), *others}
+
+
+def test_where_no_image_has_its_nearest_in_its_label_only_copies_are_groups_across_labels(tmp_path: Path) -> None:
+    images = collect(("kiwi", 2, None), ("fig", 2, None), ("plum", 1, None))
+    images["label"] = [f"label {i}" for i in range(5)]
+    images.at[3, "sketch"] = images.at[2, "sketch"]
+    rows, _ = run(tmp_path, images)
+    assert partition(rows["group"]) == {frozenset({0}), frozenset({1}), frozenset({2, 3}), frozenset({4})}
 
 
 def test_5_percent_of_wrong_labels_change_neither_the_usual_distance_nor_the_groups(tmp_path: Path) -> None:
