@@ -74,7 +74,7 @@ def report(measured: dict[str, Any], name: str, seconds: float, mib: dict[str, i
 
 
 def exponents(measured: dict[str, Any]) -> dict[str, list[float]]:
-    """The slope of the seconds from each size to the next, both as logarithms."""
+    """Compute the slope of the seconds from each size to the next, both as logarithms."""
     last = {"neighbours": f"neighbours, {MILLION:,} images, from one block", "split": f"split, {MILLION:,} images, films"}
     found = {}
     for stage, name in last.items():

@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_run(name: str) -> Run:
-    """The run of a folder or of a git revision.
+    """Find the run of a folder or of a git revision.
 
     Raises
     ------
@@ -138,7 +138,7 @@ def read_lock(text: str) -> dict[str, Any]:
 
 
 def changed_outputs(folder: str, lock: dict[str, Any]) -> set[str]:
-    """Outputs of a checkout that are gone, or not what its dvc.lock says; all of them where DVC cannot tell."""
+    """List outputs of a checkout that are gone, or not as its dvc.lock says; all of them where DVC cannot tell."""
     outputs = {path for path, _ in STAGES.values()}
     if not lock or not Path(folder, ".dvc").is_dir():
         return outputs
@@ -155,7 +155,7 @@ def changed_outputs(folder: str, lock: dict[str, Any]) -> set[str]:
 
 
 def explain(a: Run, b: Run, stage: str) -> list[str]:
-    """The parameters, code and inputs of the stage that are not the same in both dvc.lock."""
+    """List parameters, code and inputs of the stage that are not the same in both dvc.lock."""
     if stage not in a.lock or stage not in b.lock:
         return []
     lines = []
@@ -202,7 +202,7 @@ def hash_of(run: Run, stage: str, path: str) -> str | None:
 
 
 def find(run: Run, path: str) -> list[str]:
-    """The names of all files of an output.
+    """List the names of all files of an output.
 
     Raises
     ------
@@ -402,7 +402,7 @@ def compare_vectors(
 
 
 def join(a: Run, b: Run, path: str, columns: list[str], keys: list[str] = KEYS) -> pd.DataFrame:
-    """The rows of a table in both runs, side by side.
+    """Lay the rows of a table in both runs side by side.
 
     Returns
     -------
@@ -431,7 +431,7 @@ def equal(rows: pd.DataFrame, column: str) -> pd.Series:
 
 
 def pairs(a: Run, b: Run, path: str, column: str, rows: pd.DataFrame) -> Iterator[Pair]:
-    """The vectors of the rows that both runs have, some rows at a time.
+    """Yield the vectors of the rows that both runs have, some rows at a time.
 
     File by file where each row is in the same file in both; else slice by slice of image_id, which is a SHA-256 and so
     uniform. Then all files are read for each slice: slow, but in the same memory.
@@ -463,7 +463,7 @@ def read(run: Run, path: str, columns: list[str] | None = None, chosen: pc.Expre
 
 
 def to_matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists of numbers, or of strings of bytes, of equal length as an array of shape (n_rows, length)."""
+    """Turn a column of equally long lists of numbers, or strings of bytes, into an array of shape (n_rows, length)."""
     values = column.combine_chunks()
     is_binary = pa.types.is_binary(values.type)
     flattened = np.frombuffer(b"".join(values.to_pylist()), np.uint8) if is_binary else values.flatten().to_numpy()
@@ -476,7 +476,7 @@ def is_of_share(image_ids: pd.Series, share: float) -> np.ndarray:
 
 
 def relative(x: np.ndarray, y: np.ndarray) -> float:
-    """The norm of the difference of two vectors as a share of that of the longer one."""
+    """Divide the norm of the difference of two vectors by that of the longer one."""
     return float(np.linalg.norm(x - y) / (max(np.linalg.norm(x), np.linalg.norm(y)) or 1.0))
 
 

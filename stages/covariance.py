@@ -170,7 +170,7 @@ def lower_triangle(matrix: np.ndarray) -> np.ndarray:
 
 
 def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists of equal length as an array of shape (n_rows, length)."""
+    """Turn a column of lists of equal length into an array of shape (n_rows, length)."""
     return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1 if len(features) else 0)
 
 

@@ -184,7 +184,7 @@ def find_suspects(suspects: pd.DataFrame, images: pd.DataFrame, new: pd.Series) 
 
 
 def paths_of(images: pd.DataFrame) -> pd.Series:
-    """The first path of each image, by image_id."""
+    """Find the first path of each image, by image_id."""
     return images.sort_values("path").drop_duplicates("image_id").set_index("image_id")["path"]
 
 

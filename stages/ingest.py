@@ -217,7 +217,7 @@ def length_of(spark: SparkSession, source: str, path: str) -> int:
 
 
 def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
-    """A path of any file system that Spark knows, and that file system."""
+    """Make a path of any file system that Spark knows, and find that file system."""
     jvm: Any = spark._jvm
     hadoop = jvm.org.apache.hadoop.fs.Path(path)
     return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
@@ -257,7 +257,7 @@ class Refused(Exception):
 
 
 def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
-    """The image, decoded to its last byte, upright and RGB, and a file that holds just that.
+    """Decode an image to its last byte; return it upright and RGB, and a file that holds just that.
 
     Returns
     -------
@@ -294,7 +294,7 @@ def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB: 16 bits scaled to 8, transparency over white as a viewer shows it."""
+    """Convert an image to mode RGB: 16 bits scaled to 8, transparency over white as a viewer shows it."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -312,7 +312,7 @@ def broken(error: Exception) -> Refused:
 
 
 def what_else(content: bytes) -> str:
-    """What a file that is no image seems to be."""
+    """Say what a file that is no image seems to be."""
     start = content[:200].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer: run `git lfs pull` where it came from"

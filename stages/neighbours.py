@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_ids(files: DataFrame) -> np.ndarray:
-    """The image_id of each distinct image, bytes, rising."""
+    """Read the image_id of each distinct image, bytes, rising."""
 
     def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for table in tables_of(batches, ["image_id"]):
@@ -92,7 +92,7 @@ def read_ids(files: DataFrame) -> np.ndarray:
 
 
 def read_sample(files: DataFrame, last: str) -> np.ndarray:
-    """The features of the distinct images up to the image_id last: float64 array of shape (n, n_features), by image_id."""
+    """Read the features of the distinct images up to the image_id last: float64 of shape (n, n_features), by image_id."""
 
     def choose(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for table in tables_of(batches, ["image_id", "features"]):
@@ -107,7 +107,7 @@ def read_sample(files: DataFrame, last: str) -> np.ndarray:
 
 
 def read_sketches(files: DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """The image_id of each distinct image, bytes, rising, and its sketch, float32 of shape (n_images, n_components)."""
+    """Read the image_id of each distinct image, bytes, rising, and its sketch, float32 of shape (n_images, n_components)."""
     contents: Any = files.select("content").toPandas()  # as files: to take rows one by one takes Spark seconds more
     table = pa.concat_tables(
         pq.read_table(pa.py_buffer(content), columns=["image_id", "sketch"]) for content in contents["content"]
@@ -222,7 +222,7 @@ def to_bytes(rows: np.ndarray) -> pa.BinaryArray:
 
 
 def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists of equal length as an array of shape (n_rows, length).
+    """Turn a column of lists of equal length into an array of shape (n_rows, length).
 
     Raises
     ------

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_pairs(folder: str, image_ids: np.ndarray) -> pd.DataFrame:
-    """a, b, distance: the numbers of each image and of each of its neighbours, those of an image by rising distance."""
+    """Read a, b, distance: the numbers of each image and of each of its neighbours, those of an image by rising distance."""
     table, known = read(folder, NEIGHBOURS), pa.array(image_ids)
     own = pc.index_in(table["image_id"], known).to_numpy()
     others = pc.index_in(pc.list_flatten(table["neighbours"]), known).to_numpy()
@@ -97,7 +97,7 @@ def read_pairs(folder: str, image_ids: np.ndarray) -> pd.DataFrame:
 
 
 def usual_distances(sketches: np.ndarray, labels: np.ndarray, pairs: pd.DataFrame) -> tuple[float, float]:
-    """The median distances to the nearest image of another label, and of the same label.
+    """Compute the median distances to the nearest image of another label, and of the same label.
 
     Those of images whose nearest neighbour has their label, and to such images. If some labels are wrong, the median stays:
     otherwise one wrong frame would make a whole film near to another label.
@@ -126,7 +126,7 @@ def choose_near(pairs: pd.DataFrame, labels: np.ndarray, is_named: np.ndarray, n
 
 
 def connect_films(rows: pd.DataFrame) -> pd.DataFrame:
-    """a, b: each image that is a frame of a film, and the first of that film."""
+    """List a, b: each image that is a frame of a film, and the first of that film."""
     frames = rows[rows["film"].notna()]
     return pd.DataFrame({"a": frames["image"], "b": frames.groupby("film")["image"].transform("first")})
 
@@ -134,7 +134,7 @@ def connect_films(rows: pd.DataFrame) -> pd.DataFrame:
 def connect_labels(
     sketches: np.ndarray, labels: np.ndarray, is_named: np.ndarray, pairs: pd.DataFrame, near: float
 ) -> pd.DataFrame:
-    """a, b: images of one label whose near-equal ones are not all listed, each with the first that it is connected with."""
+    """List a, b: images of one label whose near-equal ones are not all listed, each with the first of its connection."""
     is_full = np.ones(len(labels), bool)  # each that is listed is near, and there may be more
     is_full[pairs["a"][pairs["distance"] > near]] = False
     full = np.flatnonzero(is_full)
@@ -236,7 +236,7 @@ def lopsided(balance: np.ndarray, total: np.ndarray) -> np.ndarray:
 
 
 def share_of_leaks(pairs: pd.DataFrame, labels: np.ndarray, folds: np.ndarray, near: float) -> float:
-    """The share of images that have a near-equal neighbour of their label in the other fold."""
+    """Compute the share of images that have a near-equal neighbour of their label in the other fold."""
     a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
     leaks = (pairs["distance"].to_numpy() <= near) & (labels[a] == labels[b]) & (folds[a] != folds[b])
     return len(np.unique(a[leaks])) / max(len(folds), 1)

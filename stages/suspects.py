@@ -155,7 +155,7 @@ def to_photographs(files: pd.DataFrame, sketches: pa.Table) -> Photographs:
 
 
 def to_pairs(neighbours: pa.Table, photographs: Photographs) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """a, b, distance: each photograph with its neighbours, and with itself under other labels; by a, distance and b."""
+    """List a, b, distance: each photograph with its neighbours, and with itself under other labels; by a, distance and b."""
     ids = pa.array(photographs.rows["image_id"], pa.string())
     images = pc.unique(ids)
     numbers = pc.index_in(ids, images).to_numpy()
@@ -392,7 +392,7 @@ def weigh(photographs: Photographs, near: float) -> np.ndarray:
 
 
 def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """The least value with at least half of the weight at or below it; 0 of none."""
+    """Find the least value with at least half of the weight at or below it; 0 of none."""
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weights[order])
     return float(values[order][np.searchsorted(below, below[-1] / 2)]) if len(values) else 0.0
