@@ -197,20 +197,27 @@ def join(n_images: int, links: list[pd.DataFrame]) -> np.ndarray:
 def assign_folds(groups: np.ndarray, image_ids: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
     """Give each group a fold, so that each label has about half of its images in either: int32 array of shape (n_images,).
 
-    A group has the fold that its least image_id tells. Where a label then has less than 40 % of its images in one of them,
+    A group has the fold that its least image_id tells; a film has the one that its view tells, so that films of one view
+    (axis, side) are together: those of the view with most images in fold 0, the others in fold 1. Where a label then has less than 40 % of its images in one of them,
     groups move, as few as are needed, and none if that helps nobody. So an image keeps its fold when others come, but where
     one of these is the least of its group or where they change which groups must move.
 
     Parameters
     ----------
     groups : the number of each image's group, which is its least image
-    rows : image, the number of the image, and label: one row for each file
+    rows : image, the number of the image, label and film (may be null): one row for each file
     """
     anchors, group = np.unique(groups[rows["image"]], return_inverse=True)
     label = rows["label"].astype("category").cat.codes.to_numpy()
     sizes = csr_array((np.ones(len(rows), np.int64), (group, label)))  # sums up what is of one group and label
     members, totals = sizes.tocsc(), sizes.sum(axis=0)
     sign = np.array([2 * (int(image_id[-1], 16) % 2) - 1 for image_id in image_ids[anchors]])  # the first digits are small
+    films = rows["film"].dropna()  # each named LABEL/VIEW
+    if len(films):
+        views = films.str.partition("/")[2]
+        of_group = views.groupby(group[views.index]).first()
+        most = views.value_counts().sort_index().idxmax()
+        sign[of_group.index] = np.where(of_group == most, -1, 1)
     balance = sign @ sizes  # images in fold 1 less those in fold 0
     for each in [*range(len(totals))] * 2:  # twice: a group that moves for one label may be of an earlier one
         own = members.indices[members.indptr[each] : members.indptr[each + 1]]

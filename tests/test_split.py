@@ -337,7 +337,7 @@ def test_the_halves_of_a_label_are_as_equal_as_60_to_40_or_as_its_groups_allow(s
     groups = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
     ids = np.array(sorted(digest(1000 * seed + i) for i in range(len(groups))))
     ids = np.array([each[:-1] + digest(i + seed)[0] for i, each in enumerate(ids)])
-    rows = pd.DataFrame({"image": range(len(groups)), "label": "kiwi"})
+    rows = pd.DataFrame({"image": range(len(groups)), "label": "kiwi", "film": None})
     share = split.assign_folds(groups, ids, rows).mean()
     largest = max(sizes) / sum(sizes)  # no better than this
     assert max(share, 1 - share) <= max(0.6, largest)
@@ -351,7 +351,7 @@ def test_labels_are_in_both_folds_also_where_groups_are_of_two_labels(seed: int)
     label = groups * 7919 % 15
     is_other = random.random(400) < 0.1
     label[is_other] = random.integers(0, 15, is_other.sum())
-    rows = pd.DataFrame({"image": range(400), "label": label.astype(str)})
+    rows = pd.DataFrame({"image": range(400), "label": label.astype(str), "film": None})
     folds = split.assign_folds(groups, np.array(sorted(digest(1000 * seed + i) for i in range(400))), rows)
     has_choice = pd.Series(groups).groupby(label).nunique() > 1
     assert (pd.Series(folds).groupby(label).nunique() == 2)[has_choice].all()
@@ -362,7 +362,7 @@ def shares_of(last_digits: str, contents: list[str]) -> pd.Series:
     sizes = [len(each) for each in contents]
     groups = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
     ids = np.repeat([digest(0)[:-1] + each for each in last_digits], sizes)
-    rows = pd.DataFrame({"image": range(len(groups)), "label": [*"".join(contents)]})
+    rows = pd.DataFrame({"image": range(len(groups)), "label": [*"".join(contents)], "film": None})
     return shares(rows.assign(fold=split.assign_folds(groups, ids, rows)))
 
 
@@ -422,10 +422,20 @@ def test_two_films_of_nearly_equal_length_keep_their_folds_when_the_shorter_beco
         assert not is_changed.any()
 
 
+def test_films_of_one_view_are_in_one_fold_and_those_of_the_others_in_the_other() -> None:
+    # As in Fruits-360: the main axis of rotation, which has most images, against the others.
+    films = [(label, view) for label in ("fig", "kiwi", "plum") for view in ("", "r", "r2") for _ in range(5 - len(view))]
+    names = pd.Series([f"{label}/{view}" for label, view in films])
+    groups = names.map({name: i for i, name in reversed([*enumerate(names)])}).to_numpy()
+    rows = pd.DataFrame({"image": range(len(films)), "label": [label for label, _ in films], "film": names})
+    folds = split.assign_folds(groups, np.array(sorted(digest(i) for i in range(len(films)))), rows)
+    assert dict(zip((view for _, view in films), folds.tolist(), strict=True)) == {"": 0, "r": 1, "r2": 1}
+
+
 def test_a_group_that_moved_goes_back_when_its_label_is_balanced_without_it() -> None:
     ids = [f"{i}{digest(i)[1:-1]}{last}" for i, last in enumerate("0000001111")]  # the last tells the fold
     before, after = (
-        split.assign_folds(np.arange(n), np.array(ids[:n]), pd.DataFrame({"image": range(n), "label": "kiwi"}))
+        split.assign_folds(np.arange(n), np.array(ids[:n]), pd.DataFrame({"image": range(n), "label": "kiwi", "film": None}))
         for n in (9, 10)
     )
     assert (before.tolist(), after.tolist()) == ([1, 0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 1, 1])
