@@ -201,12 +201,15 @@ def test_the_components_are_fitted_on_the_images_of_least_sha256(
     np.testing.assert_array_equal(np.stack(sketches["sketch"]), neighbours.sketch(features[order], *neighbours.fit(sample)))
 
 
-def test_a_file_that_is_there_twice_is_one_image_of_two_rows(spark: SparkSession, tmp_path: Path) -> None:
+def test_files_of_the_same_bytes_are_one_image_of_several_rows_by_path(spark: SparkSession, tmp_path: Path) -> None:
     features = random_features(5)[[0, 1, 2, 3, 4, 2, 2]]
     ids = [digest(i) for i in (0, 1, 2, 3, 4, 2, 2)]
     sketches, found = run(write(tmp_path / "features", features, ids=ids), tmp_path / "neighbours")
     assert (len(sketches), len(found)) == (7, 5)
     assert {len({*row}) for row in found["neighbours"]} == {4}
+    (file,) = (tmp_path / "neighbours" / "sketches").glob("*.parquet")
+    written = pq.read_table(file, columns=["image_id", "path"]).to_pandas()
+    pd.testing.assert_frame_equal(written, written.sort_values(["image_id", "path"], ignore_index=True))
 
 
 def test_many_copies_of_few_images_leave_a_sample(
