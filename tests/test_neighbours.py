@@ -38,7 +38,7 @@ def write(folder: Path, features: np.ndarray, n_files: int = 3, ids: list[str] |
     """Write a row of FEATURES for each row, in files of unequal sizes and no order."""
     folder.mkdir()
     rows = pd.DataFrame({"image_id": ids or [digest(i) for i in range(len(features))]})
-    rows["path"] = [f"kiwi/{i:04}.jpg" for i in range(len(features))]
+    rows["path"] = [f"kiwi/{9999 - i}.jpg" for i in range(len(features))]
     rows["label"], rows["film"] = "kiwi", [None if i % 2 else "kiwi/r" for i in range(len(features))]
     for number in range(n_files):
         some = np.flatnonzero(np.arange(len(rows)) ** 2 % n_files == number)
