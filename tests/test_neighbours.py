@@ -201,6 +201,13 @@ def test_the_components_are_fitted_on_the_images_of_least_sha256(
     np.testing.assert_array_equal(np.stack(sketches["sketch"]), neighbours.sketch(features[order], *neighbours.fit(sample)))
 
 
+def test_the_sample_has_each_image_once_by_image_id(spark: SparkSession, tmp_path: Path) -> None:
+    features, numbers = random_features(9), [*range(9), 2, 2, 5]
+    folder = write(tmp_path / "features", features[numbers], ids=[digest(i) for i in numbers])
+    sample = neighbours.read_sample(spark.read.format("binaryFile").load(f"{folder}/*.parquet"), "g")
+    np.testing.assert_array_equal(sample, features[sorted(range(9), key=digest)])
+
+
 def test_files_of_the_same_bytes_are_one_image_of_several_rows_by_path(spark: SparkSession, tmp_path: Path) -> None:
     features = random_features(5)[[0, 1, 2, 3, 4, 2, 2]]
     ids = [digest(i) for i in (0, 1, 2, 3, 4, 2, 2)]
