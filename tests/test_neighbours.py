@@ -38,7 +38,7 @@ def write(folder: Path, features: np.ndarray, n_files: int = 3, ids: list[str] |
     """Write a row of FEATURES for each row, in files of unequal sizes and no order."""
     folder.mkdir()
     rows = pd.DataFrame({"image_id": ids or [digest(i) for i in range(len(features))]})
-    rows["path"] = [f"kiwi/{i:04}.jpg" for i in range(len(features))]
+    rows["path"] = [f"kiwi/{9999 - i}.jpg" for i in range(len(features))]
     rows["label"], rows["film"] = "kiwi", [None if i % 2 else "kiwi/r" for i in range(len(features))]
     for number in range(n_files):
         some = np.flatnonzero(np.arange(len(rows)) ** 2 % n_files == number)
@@ -201,12 +201,22 @@ def test_the_components_are_fitted_on_the_images_of_least_sha256(
     np.testing.assert_array_equal(np.stack(sketches["sketch"]), neighbours.sketch(features[order], *neighbours.fit(sample)))
 
 
-def test_a_file_that_is_there_twice_is_one_image_of_two_rows(spark: SparkSession, tmp_path: Path) -> None:
+def test_the_sample_has_each_image_once_by_image_id(spark: SparkSession, tmp_path: Path) -> None:
+    features, numbers = random_features(9), [*range(9), 2, 2, 5]
+    folder = write(tmp_path / "features", features[numbers], ids=[digest(i) for i in numbers])
+    sample = neighbours.read_sample(spark.read.format("binaryFile").load(f"{folder}/*.parquet"), "g")
+    np.testing.assert_array_equal(sample, features[sorted(range(9), key=digest)])
+
+
+def test_files_of_the_same_bytes_are_one_image_of_several_rows_by_path(spark: SparkSession, tmp_path: Path) -> None:
     features = random_features(5)[[0, 1, 2, 3, 4, 2, 2]]
     ids = [digest(i) for i in (0, 1, 2, 3, 4, 2, 2)]
     sketches, found = run(write(tmp_path / "features", features, ids=ids), tmp_path / "neighbours")
     assert (len(sketches), len(found)) == (7, 5)
     assert {len({*row}) for row in found["neighbours"]} == {4}
+    (file,) = (tmp_path / "neighbours" / "sketches").glob("*.parquet")
+    written = pq.read_table(file, columns=["image_id", "path"]).to_pandas()
+    pd.testing.assert_frame_equal(written, written.sort_values(["image_id", "path"], ignore_index=True))
 
 
 def test_many_copies_of_few_images_leave_a_sample(
