@@ -2,7 +2,7 @@
 
 usage: python -m reports.compare RUN [OTHER]
 
-reads   of both runs: dvc.lock, data/{backbone,ingested,features,covariance,reduced,baseline}, reports/evaluation
+reads   of both runs: dvc.lock, data/{backbone,ingested,features,split,covariance,reduced,baseline}, reports/evaluation
 prints  of each stage: whether its bytes are the same and, where not, by how much its values differ; in the end a verdict
 
 A run is the name of a git revision (commit, branch, tag, experiment), whose data comes from DVC's cache or remote. Or it is
@@ -243,7 +243,7 @@ def compare_backbone(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
 
 
 def compare_ingested(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
-    columns = ["label", "group", "fold", "width", "height"]
+    columns = ["label", "film", "width", "height"]
     rows = join(a, b, f"{path}/images", [*columns, "content_id"])
     yield from compare_rows(a, b, rows, columns)
     n_other = sum(int((x != y).any(axis=1).sum()) for _, x, y in pairs(a, b, f"{path}/images", "thumbnail", rows))
@@ -257,10 +257,15 @@ def compare_ingested(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
 
 
 def compare_features(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
-    columns = ["label", "group", "fold"]
+    columns = ["label", "film"]
     rows = join(a, b, path, columns)
     yield from compare_rows(a, b, rows, columns)
     yield from compare_vectors("features", pairs(a, b, path, "features", rows), n_shared(rows), FLOAT32)
+
+
+def compare_split(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
+    columns = ["label", "group", "fold"]
+    yield from compare_rows(a, b, join(a, b, f"{path}/images", columns), columns)
 
 
 def compare_covariance(a: Run, b: Run, path: str, tolerance: float) -> Iterator[Finding]:
@@ -494,6 +499,7 @@ STAGES: dict[str, tuple[str, Callable[[Run, Run, str, float], Iterator[Finding]]
     "backbone": ("data/backbone", compare_backbone),
     "ingest": ("data/ingested", compare_ingested),
     "featurize": ("data/features", compare_features),
+    "split": ("data/split", compare_split),
     "covariance": ("data/covariance", compare_covariance),
     "reduce": ("data/reduced", compare_reduced),
     "baseline": ("data/baseline", compare_baseline),
@@ -502,7 +508,9 @@ STAGES: dict[str, tuple[str, Callable[[Run, Run, str, float], Iterator[Finding]]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="git revision (commit, branch, tag, experiment), or folder of another checkout")
     parser.add_argument("other", nargs="?", default=".", help="what it is compared with; the workspace unless set")
     return parser.parse_args(argv)

@@ -197,10 +197,11 @@ def join(n_images: int, links: list[pd.DataFrame]) -> np.ndarray:
 def assign_folds(groups: np.ndarray, image_ids: np.ndarray, rows: pd.DataFrame) -> np.ndarray:
     """Give each group a fold, so that each label has about half of its images in either: int32 array of shape (n_images,).
 
-    A group has the fold that its least image_id tells. A film has the one that its view tells, so that films of one view (axis,
-    side) are together: those of the view with most images in fold 0, the others in fold 1. Where a label then has less than
-    40 % of its images in one of them, groups move, as few as are needed, and none if that helps nobody. So an image keeps its
-    fold when others come, but where one of these is the least of its group or where they change which groups must move.
+    A group has the fold that its least image_id tells. A film has the one that its view tells, so that films of one view
+    (axis, side) are together: those of the view with most images in fold 0, the others in fold 1. Where a label then has
+    less than 40 % of its images in one of them, groups move, as few as are needed, and none if that helps nobody. So an
+    image keeps its fold when others come, but where one of these is the least of its group or where they change which
+    groups must move.
 
     Parameters
     ----------
