@@ -237,7 +237,7 @@ def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         for n in GROWTH["rows"]:
             rows = folder / f"rows-{n}"
             with measured(f"covariance and reduce, {n:,} rows of {N_FEATURES_OF_ROWS}"):
-                submit(rows, "covariance", "features", "covariance", PARAMS["covariance"])
+                submit(rows, "covariance", "features", "split", "covariance", PARAMS["covariance"])
                 submit(rows, "reduce", "features", "covariance", "reduced", PARAMS["reduce"])
     medians = iter([statistics.median(each) for each in seconds.values()])
     exponents = {}
@@ -255,7 +255,7 @@ def pca(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         for name, k in (("few", 8), ("all", K)):
             reduce = PARAMS["reduce"] | {"k": k}
             for stage, places in (
-                ("covariance", ("features", "covariance", PARAMS["covariance"])),
+                ("covariance", ("features", "split", "covariance", PARAMS["covariance"])),
                 ("reduce", ("features", "covariance", "reduced", reduce)),
             ):
                 _, took = submit(folder / name, stage, *places)
@@ -397,8 +397,10 @@ def watch_memory() -> Iterator[dict[str, int]]:
 
 
 def write_features(folder: Path, n_rows: int, n_features: int) -> None:
-    """Write a table as featurize does, of random features whose variance falls."""
+    """Write a table as featurize does, of random features whose variance falls, and their folds beside it."""
     folder.mkdir(parents=True)
+    folds = folder.parent / "split/images"
+    folds.mkdir(parents=True)
     random = np.random.default_rng(0)
     scale = (1 / np.arange(1, n_features + 1)).astype(np.float32)
     for part, start in enumerate(range(0, n_rows, 2048)):
@@ -409,11 +411,12 @@ def write_features(folder: Path, n_rows: int, n_features: int) -> None:
             "image_id": names,
             "path": names,
             "label": ["label"] * n,
-            "group": names,
-            "fold": pa.array(np.arange(n) % 2, pa.int32()),
+            "film": pa.nulls(n, pa.string()),
             "features": pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32) * n_features, features.ravel()),
         }
         pq.write_table(pa.table(columns), folder / f"part-{part:05}.parquet", use_dictionary=False, row_group_size=2048)
+        split = pa.table({"image_id": names, "fold": pa.array(np.arange(n) % 2, pa.int32())})
+        pq.write_table(split, folds / f"part-{part:05}.parquet")
 
 
 def save_resnet50(path: Path) -> None:

@@ -84,7 +84,9 @@ def measure(
     """Run featurize and covariance, and add what they took to runs."""
     places = ("ingested", backbone, "features")
     said, seconds = submit(folder / run, "featurize", *places, params["featurize"], FEATURE_CACHE=str(cache))
-    _, covariance = submit(folder / run, "covariance", "features", "covariance", params["covariance"])
+    submit(folder / run, "neighbours", "features", "neighbours", params["neighbours"])
+    submit(folder / run, "split", "neighbours", "split", params["split"])
+    _, covariance = submit(folder / run, "covariance", "features", "split", "covariance", params["covariance"])
     passes = re.findall(r"([\d,]+) passes of", said)[-1]
     runs[run].append({"seconds": seconds, "passes": int(passes.replace(",", "")), "covariance": covariance})
     print(f"{run:<10}{seconds:6.1f} s  {passes:>7} passes;  covariance {covariance:5.1f} s", flush=True)
@@ -93,15 +95,9 @@ def measure(
 def submit(folder: Path, stage: str, *places_and_flags: Any, **environment: str) -> tuple[str, float]:
     """Run a stage through the door, and return what it printed and its seconds from start to end."""
     *places, section = places_and_flags
-    command = [
-        sys.executable,
-        "-m",
-        "bootstrap.submit",
-        "spark-submit",
-        ROOT / f"stages/{stage}.py",
-        *places,
-        *flags(section),
-    ]
+    on_spark = ["spark-submit", ROOT / f"stages/{stage}.py"]
+    program = ["python", f"stages/{stage}.py"] if stage == "split" else on_spark  # found by PYTHONPATH
+    command = [sys.executable, "-m", "bootstrap.submit", *program, *places, *flags(section)]
     started = time.monotonic()
     done = subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, capture_output=True, text=True
