@@ -120,9 +120,12 @@ def data(folder: Path) -> list[str]:
         "data/backbone",
         "data/ingested",
         "data/features",
+        "data/neighbours",
+        "data/split",
         "data/covariance",
         "data/reduced",
         "data/baseline",
+        "reports/suspects",
     ]
     files = [path for place in [*places, "reports/evaluation"] for path in (folder / place).rglob("*") if path.is_file()]
     return sorted(str(path.relative_to(folder)) for path in files)
