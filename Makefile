@@ -47,8 +47,9 @@ test-release: .venv/dev ## the stages under the Spark of RELEASE (emr-7.13.0 unl
 lint: .venv/dev ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy
 
-lock: .venv/dev ## constraints*.txt of requirements*.txt; a version moves only where it must (delete the two files to move all)
+lock: .venv/dev ## constraints*.txt of requirements*.txt; a version moves only where it must (delete the files to move all)
 	@uv pip compile $(LOCK) requirements.txt --output-file constraints.txt
+	@uv pip compile $(LOCK) requirements-app.txt --constraints constraints.txt --output-file constraints-app.txt
 	@uv pip compile $(LOCK) requirements-dev.txt --constraints constraints.txt --output-file constraints-dev.txt
 
 cache-info: ## what the feature cache holds, and how large it is
@@ -99,6 +100,10 @@ check: # what the machine must have, said before anything else fails
 	@echo 'Installing into .venv: some 2 GB, minutes' && $(PIP) -r constraints.txt
 	@touch $@
 
-.venv/dev: .venv/run constraints-dev.txt
+.venv/app: .venv/run constraints-app.txt
+	@$(PIP) -r constraints-app.txt
+	@touch $@
+
+.venv/dev: .venv/app constraints-dev.txt
 	@$(PIP) -r constraints-dev.txt
 	@touch $@

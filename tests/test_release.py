@@ -12,7 +12,7 @@ import yaml
 from tests.helpers import PYTHON, ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCK = {"requirements.txt": "constraints.txt", "requirements-dev.txt": "constraints-dev.txt"}
+LOCK = {f"requirements{part}.txt": f"constraints{part}.txt" for part in ("", "-app", "-dev")}
 
 
 def entries(name: str) -> list[str]:
