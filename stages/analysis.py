@@ -73,9 +73,14 @@ def read(
     return ds.dataset(folder, filesystem=file_system, format="parquet").to_table(list(columns), filter=wanted)
 
 
+def hash_below(share: float) -> str:
+    """Give the hash below which that share of all image_id lies: they are SHA-256 in hexadecimal, and so uniform."""
+    return f"{int(share * 16**8):08x}" if share < 1 else "g"
+
+
 def of_share(share: float) -> pc.Expression:
-    """Choose that share of all images by image_id, a SHA-256 and so uniform: those that begin below some hash."""
-    return pc.field("image_id") < f"{int(share * 16**8):08x}" if share < 1 else pc.field("image_id").is_valid()
+    """Choose that share of all images by image_id."""
+    return pc.field("image_id") < hash_below(share)
 
 
 def first_rows(table: pa.Table, image_ids: pd.Series) -> np.ndarray:

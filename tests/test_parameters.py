@@ -20,12 +20,12 @@ NUMBERS = [
     for name, value in section.items()
     if isinstance(value, int | float) or (isinstance(value, list) and all(isinstance(each, int) for each in value))
 ]
-# 0 is a seed like others; nothing refused, grouped or lost may be what somebody wants.
+# 0 is a seed like others; nothing refused, grouped, lost or shrunk may be what somebody wants.
 WRONG = [
     (stage, name, value)
     for stage, name in NUMBERS
     for value in ("0", "-1", "much", "nan", "1" + 30 * "0")
-    if value != "0" or name not in ("seed", "max_quarantine_ratio", "near", "margin", "max_loss")
+    if value != "0" or name not in ("seed", "max_quarantine_ratio", "near", "margin", "max_loss", "shrinkage")
 ]
 
 

@@ -1,0 +1,463 @@
+"""classify: learn to tell the label of a photograph from its embedding, how sure that is, and when to say nothing.
+
+usage: python -m stages.classify FEATURES SPLIT COVARIANCE REDUCED OUTPUT --exemplars 4 --shrinkage 0.2 --keep 0.975
+           --max_images 12000
+
+reads   FEATURES, SPLIT/images, COVARIANCE, REDUCED
+writes  OUTPUT/whitening        WHITENING, one row a component
+        OUTPUT/exemplars        EXEMPLARS, sorted by label and exemplar
+        OUTPUT/settings         SETTINGS, one row
+        OUTPUT/predictions      PREDICTIONS, one row for each image tested, by path
+        OUTPUT/metrics.json     how good it is
+        OUTPUT/summary.txt      the same for people
+        OUTPUT/labels.csv       label, n_images, recall, kept; none of a label that cannot be tested
+        OUTPUT/reliability.csv  bin, n_images, confidence, accuracy: how often the images of a probability are recognised
+        OUTPUT/coverage.csv     coverage, accuracy, probability: of that share of the images, the surest ones
+
+An embedding of unit length is whitened within labels: what differs among images of one label counts less. Its similarity to
+a label is the largest cosine to one of the label's exemplars. A softmax makes probabilities of them, with one temperature.
+Two thresholds say nothing instead: an image whose largest similarity is small is of no label that is known, and one of which
+the components explain little is no such photograph at all. That is its strangeness.
+
+What ships is fitted on all images. What the figures say is of others: all is fitted on one fold, PCA too, and tested on the
+other, then the other way round. A label may have one group only in each fold, so temperature and thresholds have no third
+one. They come from the test of one direction, and are judged in the other.
+
+Runs without Spark. Memory grows by some 40 bytes x k for each image; at most max_images are judged, chosen by SHA-256.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import scipy.linalg
+from scipy.cluster.vq import kmeans2
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from sklearn.covariance import shrunk_covariance
+from sklearn.metrics import f1_score, roc_auc_score
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from stages.analysis import (
+    INTERVAL,
+    ROWS,
+    Basis,
+    Moments,
+    between,
+    first_rows,
+    fit_basis,
+    hash_below,
+    in_both_folds,
+    project,
+    read,
+    read_moments,
+    recalls,
+    resample,
+    rounded,
+    to_matrix,
+    train_and_test,
+)
+
+SPLIT = ("image_id", "path", "label", "group", "fold")
+VECTORS = ("image_id", "features")
+EMBEDDINGS = ("image_id", "embedding")
+REDUCTION = ("k", "scale")
+WHITENING = pa.schema(
+    [
+        ("component", pa.int32()),  # from 1
+        ("weights", pa.list_(pa.float64())),  # k of them: the rows are a symmetric matrix
+    ]
+)
+EXEMPLARS = pa.schema(
+    [
+        ("label", pa.string()),
+        ("exemplar", pa.int32()),  # from 1, within its label
+        ("vector", pa.list_(pa.float64())),  # k of them, of unit length, whitened
+        ("image_id", pa.string()),  # of the label's image that is nearest to it
+        ("path", pa.string()),
+    ]
+)
+SETTINGS = pa.schema(  # null where no label has images in both folds
+    [
+        ("temperature", pa.float64()),
+        ("min_similarity", pa.float64()),  # below, a photograph is of no label that is known
+        ("max_strangeness", pa.float64()),  # above, it is no photograph of this kind
+    ]
+)
+PREDICTIONS = pa.schema(
+    [
+        ("path", pa.string()),
+        ("label", pa.string()),
+        ("fold", pa.int32()),
+        ("predicted", pa.string()),
+        ("probability", pa.float64()),  # of predicted
+        ("rank", pa.int32()),  # of label, by similarity; 1 is predicted
+        ("squared_error", pa.float64()),  # of all labels' probabilities: 0 to 2
+        ("similarity", pa.float64()),  # of predicted, -1 to 1
+        ("strangeness", pa.float64()),  # 0 to 1
+        ("is_kept", pa.bool_()),  # neither threshold refuses it
+    ]
+)
+RELIABILITY = ("bin", "confidence", "accuracy", "n_images")
+COVERAGE = ("coverage", "accuracy", "probability")
+TEMPERATURES = (0.01, 1.0)  # of cosines: from nearly always sure to never
+BINS = 15  # of probabilities, equally wide (Guo et al. 2017, "On calibration of modern neural networks")
+COVERAGES = np.linspace(0.05, 1, 20)
+SUREST = 0.8
+PARTS = 5  # of the labels, each left out in turn
+TRUE_POSITIVES = 0.95  # at which false ones are counted
+LEAST_VARIANCE = 1e-6  # of the largest
+ITERATIONS = 20  # of k-means; it has long ended
+
+
+class Head(NamedTuple):
+    """What tells labels from an embedding."""
+
+    labels: np.ndarray  # str, (n_labels,), sorted
+    whitening: np.ndarray  # float64, (k, k), symmetric
+    exemplars: np.ndarray  # float64, (n_exemplars, k), of unit length, by label
+    n_exemplars: np.ndarray  # int, (n_labels,): of each label, one at least
+
+
+class Scores(NamedTuple):
+    """Of the images of one fold, by what was fitted on the other."""
+
+    images: pd.DataFrame  # path, label, group, fold
+    labels: np.ndarray  # str, (n_labels,), those of the other fold
+    similarities: np.ndarray  # float64, (n_images, n_labels)
+    strangeness: np.ndarray  # float64, (n_images,)
+    left_out: list[tuple[np.ndarray, np.ndarray]]  # largest similarities of known and of unknown images, for each part
+
+
+class Calibration(NamedTuple):
+    """What makes similarities a probability, or a refusal."""
+
+    temperature: float
+    min_similarity: float
+    max_strangeness: float
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    warnings.filterwarnings("ignore", "One of the clusters is empty")  # of equal images: see find_exemplars
+    images = read_images(args.split)
+    (reduction,) = read(f"{args.reduced}/model/settings", REDUCTION).to_pylist()
+    moments = read_moments(args.covariance)
+
+    def test(fold: int, steps: tqdm) -> Scores | None:
+        return score_fold(images, args, moments, fold, **reduction, steps=steps)
+
+    scores = [each for each in in_both_folds("classify", 1 + PARTS, test) if each]
+    tables = {"reliability": pd.DataFrame(columns=RELIABILITY), "coverage": pd.DataFrame(columns=COVERAGE)}
+    metrics: dict[str, Any] = {"images": 0, "labels": 0}
+    shipped = None
+    predictions = PREDICTIONS.empty_table().to_pandas()
+    if len(scores) == 2:
+        calibrations = [calibrate([other], args.keep) for other in reversed(scores)]
+        judged = [judge(*each) for each in zip(scores, calibrations, strict=True)]
+        predictions = pd.concat(judged).sort_values("path", ignore_index=True)
+        shipped = calibrate(scores, args.keep)
+        metrics = measure(predictions) | unknown(scores, calibrations)
+        tables |= {"reliability": reliability(predictions), "coverage": coverage(predictions)}
+    labels = images["label"].unique()
+    tables["labels"] = recalls(predictions, predictions, labels).merge(
+        predictions.groupby("label")["is_kept"].mean().round(4).rename("kept"), on="label", how="left"
+    )
+    metrics["labels_untested"] = len(labels) - metrics["labels"]
+
+    with threadpool_limits(1):
+        table = read(f"{args.reduced}/embeddings", EMBEDDINGS)
+        embedding = to_matrix(table["embedding"].combine_chunks().flatten().to_numpy(), len(table))
+        embedding = embedding[first_rows(table, images["image_id"])]
+        head = fit(embedding, images["label"].to_numpy(), args.exemplars, args.shrinkage)
+        exemplars = name_exemplars(head, embedding, images)
+
+    output = Path(args.output)
+    output.mkdir()
+    components = range(1, len(head.whitening) + 1)
+    write(pd.DataFrame({"component": components, "weights": list(head.whitening)}), WHITENING, output / "whitening")
+    write(exemplars, EXEMPLARS, output / "exemplars")
+    settings = shipped._asdict() if shipped else dict.fromkeys(SETTINGS.names)
+    write(pd.DataFrame([settings]), SETTINGS, output / "settings")
+    write(predictions, PREDICTIONS, output / "predictions")
+    (output / "metrics.json").write_text(json.dumps({"recognition": metrics}, indent=2) + "\n")
+    (output / "summary.txt").write_text("\n".join(say(metrics)) + "\n")
+    for name, rows in tables.items():
+        rows.to_csv(output / f"{name}.csv", index=False)
+    print(f"classify: {len(exemplars):,} exemplars of {len(head.labels):,} labels; {len(predictions):,} images judged")
+
+
+def write(table: pd.DataFrame, schema: pa.Schema, folder: Path) -> None:
+    folder.mkdir()
+    rows = pa.Table.from_pandas(table.reindex(columns=schema.names), schema, preserve_index=False)
+    pq.write_table(rows.replace_schema_metadata(), folder / "part-00000.parquet")
+
+
+def read_images(split: str) -> pd.DataFrame:
+    """Read SPLIT of each distinct image, by image_id; a copy of it would prove nothing."""
+    images = read(f"{split}/images", SPLIT).to_pandas().sort_values(["image_id", "path"])
+    return images.drop_duplicates("image_id", ignore_index=True)
+
+
+def score_fold(
+    images: pd.DataFrame,
+    args: argparse.Namespace,
+    moments: dict[int, Moments],
+    test_fold: int,
+    k: int,
+    scale: str,
+    steps: tqdm,
+) -> Scores | None:
+    """Fit PCA and head on one fold, and score some images of the other; None if there are none of the same labels."""
+    is_train, is_test = train_and_test(images, test_fold)
+    is_test &= (images["image_id"] < hash_below(args.max_images / len(images))).to_numpy()
+    if not is_test.any():
+        return None
+    embedding, strangeness = embed(args.features, images["image_id"], fit_basis(moments[1 - test_fold], scale, k))
+    labels = images["label"].to_numpy()
+    head = fit(embedding[is_train], labels[is_train], args.exemplars, args.shrinkage)
+    similarities = compare(embedding[is_test], head)
+    steps.update()
+    left_out = []
+    for part in range(PARTS):
+        is_unknown = np.isin(labels, head.labels[part::PARTS])
+        if is_unknown[is_test].any() and not is_unknown[is_test].all():
+            others = fit(embedding[is_train & ~is_unknown], labels[is_train & ~is_unknown], args.exemplars, args.shrinkage)
+            nearest = compare(embedding[is_test], others).max(axis=1)
+            left_out.append((nearest[~is_unknown[is_test]], nearest[is_unknown[is_test]]))
+        steps.update()
+    tested = images.loc[is_test, ["path", "label", "group", "fold"]].reset_index(drop=True)
+    return Scores(tested, head.labels, similarities, strangeness[is_test], left_out)
+
+
+def embed(features: str, image_ids: pd.Series, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
+    """Project the features of these images.
+
+    Returns
+    -------
+    their embedding, float32, (n_images, k), and their strangeness, float64, (n_images,): of the squared distance from the
+    mean, the share that is not in the components
+    """
+    rows = pd.Index(image_ids)
+    embedding = np.zeros((len(rows), len(basis.components)), np.float32)
+    strangeness = np.zeros(len(rows))
+    for batch in ds.dataset(features, format="parquet").to_batches(list(VECTORS), batch_size=8 * ROWS):
+        if len(batch):
+            here = rows.get_indexer(batch["image_id"].to_pylist())
+            values = to_matrix(batch["features"].flatten().to_numpy(), len(batch))
+            embedding[here] = project(values, basis)
+            length = (((values - basis.mean) / basis.scale) ** 2).sum(axis=1)
+            explained = (embedding[here].astype(np.float64) ** 2).sum(axis=1)
+            strangeness[here] = 1 - explained / np.maximum(length, np.finfo(np.float32).tiny)
+    return embedding, strangeness
+
+
+def to_unit(rows: np.ndarray) -> np.ndarray:
+    """Scale rows to unit length; float64 of the same shape."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def to_points(embedding: np.ndarray, whitening: np.ndarray) -> np.ndarray:
+    """Whiten embeddings (n_images, k) to points on the unit sphere, float64 of the same shape."""
+    return to_unit(to_unit(embedding.astype(np.float64)) @ whitening)
+
+
+def fit(embedding: np.ndarray, labels: np.ndarray, n_exemplars: int, shrinkage: float) -> Head:
+    """Fit the head to embeddings (n_images, k) and their labels, str (n_images,).
+
+    The whitening is that of linear discriminant analysis, for rows of unit length. It has one free factor: its largest entry
+    is 1. No direction counts more than 1 / sqrt(LEAST_VARIANCE) times that in which the images of a label vary most.
+    """
+    names, number = np.unique(labels, return_inverse=True)
+    counts = np.bincount(number)
+    by_label = np.split(np.argsort(number, kind="stable"), np.cumsum(counts)[:-1])
+    rows = to_unit(embedding.astype(np.float64))
+    within = rows - np.stack([rows[each].mean(axis=0) for each in by_label])[number]
+    variance, axes = scipy.linalg.eigh(shrunk_covariance(within.T @ within / len(rows), shrinkage))
+    whitening = (axes / np.sqrt(np.maximum(variance, LEAST_VARIANCE * variance[-1] or 1.0))) @ axes.T
+    whitening /= np.abs(whitening).max()
+    points = to_points(embedding, whitening)
+    exemplars = [find_exemplars(points[each], n_exemplars) for each in by_label]
+    return Head(names, whitening, np.concatenate(exemplars), np.array([len(each) for each in exemplars]))
+
+
+def find_exemplars(points: np.ndarray, n_exemplars: int) -> np.ndarray:
+    """Find the centres of k-means, of unit length, in the points (n_points, k) of a label: (n_exemplars, k), or fewer.
+
+    It starts from equal parts along the axis of most variance, which no stray point moves. Equal points give equal centres,
+    which is no harm: the largest cosine counts.
+    """
+    deviation = points - points.mean(axis=0)
+    _, axes = scipy.linalg.eigh(deviation.T @ deviation)
+    parts = np.array_split(np.argsort(deviation @ axes[:, -1], kind="stable"), min(n_exemplars, len(points)))
+    start = np.stack([points[each].mean(axis=0) for each in parts])
+    centres, _ = kmeans2(points, start, iter=ITERATIONS, minit="matrix")
+    return to_unit(centres)
+
+
+def compare(embedding: np.ndarray, head: Head) -> np.ndarray:
+    """Compute the similarity of embeddings (n_images, k) to each label, -1 to 1: float64, (n_images, n_labels)."""
+    starts = np.cumsum(head.n_exemplars) - head.n_exemplars
+    blocks = [embedding[start : start + ROWS] for start in range(0, len(embedding), ROWS)]
+    cosines = (to_points(each, head.whitening) @ head.exemplars.T for each in blocks)
+    return np.concatenate([np.maximum.reduceat(each, starts, axis=1) for each in cosines])
+
+
+def name_exemplars(head: Head, embedding: np.ndarray, images: pd.DataFrame) -> pd.DataFrame:
+    """Make EXEMPLARS of a head that was fitted to these images."""
+    points = to_points(embedding, head.whitening)
+    label = np.repeat(head.labels, head.n_exemplars)
+    rows = images.groupby("label").indices
+    nearest = [
+        rows[each][(points[rows[each]] @ vector).argmax()] for each, vector in zip(label, head.exemplars, strict=True)
+    ]
+    named = images.loc[nearest, ["label", "image_id", "path"]].reset_index(drop=True)
+    return named.assign(exemplar=named.groupby("label").cumcount() + 1, vector=list(head.exemplars))
+
+
+def calibrate(scores: Sequence[Scores], keep: float) -> Calibration:
+    """Fit the temperature of least negative log-likelihood, and the thresholds that each keep that share of the images."""
+    truth = [np.searchsorted(each.labels, each.images["label"]) for each in scores]
+
+    def loss(log_temperature: float) -> float:
+        logs = (log_softmax(each.similarities / np.exp(log_temperature), axis=1) for each in scores)
+        return -np.concatenate([each[np.arange(len(each)), own] for each, own in zip(logs, truth, strict=True)]).mean()
+
+    found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded")
+    largest = np.concatenate([each.similarities.max(axis=1) for each in scores])
+    strangeness = np.concatenate([each.strangeness for each in scores])
+    return Calibration(float(np.exp(found.x)), float(np.quantile(largest, 1 - keep)), float(np.quantile(strangeness, keep)))
+
+
+def judge(scores: Scores, calibration: Calibration) -> pd.DataFrame:
+    """Make PREDICTIONS, and the group, of the images of one fold by a calibration that has not seen them."""
+    similarities, rows = scores.similarities, np.arange(len(scores.images))
+    truth = np.searchsorted(scores.labels, scores.images["label"])
+    predicted = similarities.argmax(axis=1)
+    probabilities = np.exp(log_softmax(similarities / calibration.temperature, axis=1))
+    own, largest = similarities[rows, truth], similarities[rows, predicted]
+    return scores.images.assign(
+        predicted=scores.labels[predicted],
+        probability=probabilities[rows, predicted],
+        rank=1 + (similarities > own[:, None]).sum(axis=1),
+        squared_error=(probabilities**2).sum(axis=1) - 2 * probabilities[rows, truth] + 1,
+        similarity=largest,
+        strangeness=scores.strangeness,
+        is_kept=(largest >= calibration.min_similarity) & (scores.strangeness <= calibration.max_strangeness),
+    )
+
+
+def measure(predictions: pd.DataFrame) -> dict[str, Any]:
+    """Compute the metrics of PREDICTIONS: shares, 0 to 1, but for the Brier score, 0 to 2."""
+    is_hit = predictions["label"] == predictions["predicted"]
+    by_group = is_hit.groupby(predictions["group"]).agg(["sum", "size"])
+    draws = resample(by_group[["sum"]].to_numpy(), by_group["size"].to_numpy(), np.random.default_rng(0))
+    low, high = np.quantile(draws, INTERVAL)
+    bins, curve = reliability(predictions), coverage(predictions).set_index("coverage")
+    off = (bins["confidence"] - bins["accuracy"]).abs()
+    return {
+        "images": len(predictions),
+        "labels": predictions["label"].nunique(),
+        "accuracy": rounded(is_hit.mean()),
+        "accuracy_low": rounded(low),
+        "accuracy_high": rounded(high),
+        "macro_f1": rounded(f1_score(predictions["label"], predictions["predicted"], average="macro")),
+        "top_3": rounded((predictions["rank"] <= 3).mean()),
+        "ece": rounded(np.average(off, weights=bins["n_images"])),
+        "brier": rounded(predictions["squared_error"].mean()),
+        f"accuracy_of_surest_{SUREST:.0%}".rstrip("%"): rounded(curve.loc[SUREST, "accuracy"]),
+        "kept": rounded(predictions["is_kept"].mean()),
+        "kept_in_worse_fold": rounded(predictions.groupby("fold")["is_kept"].mean().min()),
+    }
+
+
+def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Tell how often images of about one probability are recognised: a row for each of BINS that has any."""
+    bins = np.minimum(predictions["probability"] * BINS, BINS - 1).astype(int) + 1
+    is_hit = predictions["label"] == predictions["predicted"]
+    rows = pd.DataFrame({"bin": bins, "confidence": predictions["probability"], "accuracy": is_hit})
+    grouped = rows.groupby("bin")
+    return grouped.mean().round(4).assign(n_images=grouped.size()).reset_index()
+
+
+def coverage(predictions: pd.DataFrame) -> pd.DataFrame:
+    """Tell the accuracy on the surest images, for each of COVERAGES, and the least probability among them."""
+    surest = predictions.sort_values(["probability", "path"], ascending=[False, True])
+    n_images = np.ceil(COVERAGES * len(surest)).astype(int)
+    hits = (surest["label"] == surest["predicted"]).cumsum().to_numpy()
+    least = surest["probability"].to_numpy()[n_images - 1]
+    return pd.DataFrame({"coverage": COVERAGES, "accuracy": hits[n_images - 1] / n_images, "probability": least}).round(4)
+
+
+def unknown(scores: Sequence[Scores], calibrations: Sequence[Calibration]) -> dict[str, Any]:
+    """Measure whether images of labels that are left out are told from others by their largest similarity.
+
+    auroc is the mean over what was left out; false_positives is the share of unknown images above the similarity that
+    TRUE_POSITIVES of the known ones reach; accepted, that above the threshold in use. Nothing if nothing can
+    be left out.
+    """
+    areas, false, accepted = [], [], []
+    for each, calibration in zip(scores, calibrations, strict=True):
+        for known, strange in each.left_out:
+            is_known = np.repeat([1, 0], [len(known), len(strange)])
+            areas.append(roc_auc_score(is_known, np.concatenate([known, strange])))
+            false.append(strange >= np.quantile(known, 1 - TRUE_POSITIVES))
+            accepted.append(strange >= calibration.min_similarity)
+    if not areas:
+        return {}
+    return {
+        "unknown": {
+            "images": sum(map(len, accepted)),
+            "auroc": rounded(np.mean(areas)),
+            "false_positives": rounded(np.concatenate(false).mean()),
+            "accepted": rounded(np.concatenate(accepted).mean()),
+        }
+    }
+
+
+def say(metrics: dict[str, Any]) -> list[str]:
+    if not metrics["images"]:
+        return [
+            "Recognition: no label has images in both folds, so how sure it is cannot be measured, and nothing is refused."
+        ]
+    lines = [
+        f"Recognition of photographs of groups that it has not seen: {metrics['accuracy']:.1%} "
+        f"(95 % interval {metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%})",
+        f"  the label is among the first three: {metrics['top_3']:.1%}; of the surest 80 %, right are "
+        f"{metrics['accuracy_of_surest_80']:.1%}",
+        f"  its probabilities are {100 * metrics['ece']:.1f} points off, on average; "
+        f"{metrics['kept']:.1%} of known photographs are not refused",
+    ]
+    if "unknown" in metrics:
+        lines.append(
+            f"  of labels that it was not shown, {metrics['unknown']['accepted']:.1%} are taken for one that it knows"
+        )
+    return lines
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for place in ("features", "split", "covariance", "reduced", "output"):
+        parser.add_argument(place)
+    parser.add_argument("--exemplars", type=between(int, 1, 1000), required=True, help="of each label, at most")
+    parser.add_argument("--shrinkage", type=between(float, 0, 1), required=True, help="of the covariance within labels")
+    parser.add_argument("--keep", type=between(float, 0.5, 1), required=True, help="known images that a threshold keeps")
+    parser.add_argument(
+        "--max_images", type=between(int, 1, 10_000_000), required=True, help="images judged, about, at most"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
