@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-REPORT := --suspects reports/suspects data/ingested data/split data/reduced reports/evaluation reports/report.html
+REPORT := --suspects reports/suspects data/ingested data/split data/reduced data/classifier reports/evaluation reports/report.html
 CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 # One lock for Linux and macOS, each processor and each Python from 3.11 on.
 LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
@@ -19,7 +19,7 @@ help: ## list the targets
 run: .venv/run identity ## images to features, PCA and its metrics; only what changed is computed
 	@dvc repro
 	@python -m reports.report $(REPORT)
-	@printf '\n'; cat reports/evaluation/summary.txt
+	@printf '\n'; cat reports/evaluation/summary.txt; printf '\n'; cat data/classifier/summary.txt
 	@printf '\nSee:   reports/report.html\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
 
 report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their runs beside this one's

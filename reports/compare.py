@@ -2,7 +2,8 @@
 
 usage: python -m reports.compare RUN [OTHER]
 
-reads   of both runs: dvc.lock, data/{backbone,ingested,features,split,covariance,reduced,baseline}, reports/evaluation
+reads   of both runs: dvc.lock, data/{backbone,ingested,features,split,covariance,reduced,baseline,classifier,model},
+        reports/evaluation
 prints  of each stage: whether its bytes are the same and, where not, by how much its values differ; in the end a verdict
 
 A run is the name of a git revision (commit, branch, tag, experiment), whose data comes from DVC's cache or remote. Or it is
@@ -332,15 +333,34 @@ def compare_evaluation(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]
     rows = tables[0].merge(tables[1], on="path", how="outer", suffixes=("_a", "_b"), indicator=True)
     yield from compare_rows(a, b, rows, ["label"])
     yield from compare_predictions(rows, ["predicted"])
-    metrics, others = (flat(json.loads(read_bytes(run, f"{path}/metrics.json"))) for run in (a, b))
+    yield from compare_metrics(a, b, f"{path}/metrics.json")
+
+
+def compare_classifier(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
+    rows = join(a, b, f"{path}/predictions", ["label", "fold", "predicted"], keys=["path"])
+    yield from compare_rows(a, b, rows, ["label", "fold"])
+    yield from compare_predictions(rows, ["predicted"])
+    yield from compare_metrics(a, b, f"{path}/metrics.json")
+
+
+def compare_model(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
+    # What its numbers do, the classifier's predictions tell.
+    about, others = (json.loads(read_bytes(run, f"{path}/model.json")) for run in (a, b))
+    for name in ("labels", "calibrated", "pixels", "k", "n_exemplars"):
+        if about[name] != others[name]:
+            yield True, f"{name}: {about[name]} | {others[name]}"
+
+
+def compare_metrics(a: Run, b: Run, path: str) -> Iterator[Finding]:
+    metrics, others = (flat(json.loads(read_bytes(run, path))) for run in (a, b))
     for name in sorted(metrics.keys() | others.keys()):
         one, other = metrics.get(name), others.get(name)
         if one is None or other is None:
             yield True, f"{name}: {one} | {other}"
         elif abs(one - other) > (1.5 * DIGIT if isinstance(one, float) else 0):
-            is_accuracy = name.startswith(("nearest_neighbour.", "linear_probe."))
+            is_share = name.startswith(("nearest_neighbour.", "linear_probe.", "recognition."))
             # How many components are enough is where a curve crosses a line: it jumps, and the curve is judged already.
-            is_more = abs(one - other) > FLIPS if is_accuracy else not name.startswith("variance.k")
+            is_more = abs(one - other) > FLIPS if is_share else not name.startswith("variance.k")
             yield is_more, f"{name}: {one} | {other}"
 
 
@@ -504,6 +524,8 @@ STAGES: dict[str, tuple[str, Callable[[Run, Run, str, float], Iterator[Finding]]
     "reduce": ("data/reduced", compare_reduced),
     "baseline": ("data/baseline", compare_baseline),
     "evaluate": ("reports/evaluation", compare_evaluation),
+    "classify": ("data/classifier", compare_classifier),
+    "export": ("data/model", compare_model),
 }
 
 

@@ -1,8 +1,8 @@
 """Write one page about a run, for people to look at: metrics, charts, pictures.
 
-usage: python -m reports.report [--suspects SUSPECTS] INGESTED SPLIT REDUCED EVALUATION OUTPUT [REVISION...]
+usage: python -m reports.report [--suspects SUSPECTS] INGESTED SPLIT REDUCED CLASSIFIER EVALUATION OUTPUT [REVISION...]
 
-reads   INGESTED/images, INGESTED/quarantine, SPLIT/images, REDUCED/embeddings, EVALUATION
+reads   INGESTED/images, INGESTED/quarantine, SPLIT/images, REDUCED/embeddings, CLASSIFIER, EVALUATION
         SUSPECTS, if it is given and there
         and, through DVC, the charts of dvc.yaml and the experiments of this commit
 writes  OUTPUT  one HTML file, which opens without a network
@@ -86,6 +86,21 @@ METRICS = (
     ("unseen.low", "{:.1%}", "is the lower end of the 95 % interval of that share"),
     ("unseen.high", "{:.1%}", "is its upper end"),
     ("unseen.labels", "{:,}", "labels were left out in turn, each with siblings of its kind"),
+    ("recognition.accuracy", "{:.1%}", "of the photographs are recognised by the model that a phone runs"),
+    ("recognition.accuracy_low", "{:.1%}", "is the lower end of the 95 % interval of that share, over groups"),
+    ("recognition.accuracy_high", "{:.1%}", "is its upper end"),
+    ("recognition.macro_f1", "{:.3f}", "is its macro-F1: each label counts the same"),
+    ("recognition.top_3", "{:.1%}", "of the photographs have their label among the first three"),
+    ("recognition.ece", "{:.1%}", "is the mean distance of its probabilities from how often it is right (ECE)"),
+    ("recognition.brier", "{:.3f}", "is the Brier score of its probabilities: 0 is best, 2 is worst"),
+    ("recognition.accuracy_of_surest_80", "{:.1%}", "are recognised of the 80 % about which it is surest"),
+    ("recognition.kept", "{:.1%}", "of the photographs are not refused"),
+    (
+        "recognition.unknown.auroc",
+        "{:.3f}",
+        "is how well photographs of labels that are left out are told from others (AUROC)",
+    ),
+    ("recognition.unknown.accepted", "{:.1%}", "of these are not refused, but taken for a label that it knows"),
 )
 # What experiments are compared by: parameter or metric, heading, format.
 EXPERIMENTS = (
@@ -95,6 +110,7 @@ EXPERIMENTS = (
     ("variance.explained", "variance kept", "{:.1%}"),
     ("variance.held_out_error", "lost of unseen groups", "{:.1%}"),
     *((f"{name}.embedding", recogniser.title, "{:.1%}") for name, recogniser in RECOGNISERS.items()),
+    ("recognition.accuracy", "recognised on a phone", "{:.1%}"),
     ("nearest_neighbour.loss", "loss", "{:.1%}"),
     ("nearest_neighbour.loss_high", "loss, at most", "{:.1%}"),
     ("variance.k_enough", "k that is enough", "{:g}"),
@@ -104,6 +120,7 @@ EXPERIMENTS = (
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     found = json.loads(Path(args.evaluation, "metrics.json").read_text())
+    found |= json.loads(Path(args.classifier, "metrics.json").read_text())
     (metrics,) = pd.json_normalize(found).to_dict("records")
     predictions = pd.read_csv(Path(args.evaluation, "predictions.csv"), keep_default_na=False)  # NA may be a label
     images = f"{args.ingested}/images"
@@ -278,6 +295,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("ingested")
     parser.add_argument("split")
     parser.add_argument("reduced")
+    parser.add_argument("classifier")
     parser.add_argument("evaluation")
     parser.add_argument("output")
     parser.add_argument("revisions", nargs="*", help="runs that the charts show beside the workspace's")

@@ -18,7 +18,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
 from bootstrap import java
-from stages import baseline, evaluate, reduce
+from stages import baseline, classify, evaluate, reduce
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = Path(sys.executable)
@@ -145,6 +145,15 @@ def run_evaluate(
     """Run the stage and return metrics.json."""
     evaluate.main([*inputs, str(output), "--curve", *map(str, curve), "--max_loss", str(max_loss)])
     return json.loads((output / "metrics.json").read_text())
+
+
+def run_classify(folder: Path, output: str = "classifier", **flags: Any) -> Path:
+    """Run the stage in a folder that write_inputs has written, and return its output."""
+    given = {"exemplars": 1, "shrinkage": 0.2, "keep": 0.9, "max_images": 1000} | flags
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    places = [str(folder / name) for name in ("features", "split", "covariance", "reduced", output)]
+    classify.main([*places, *words])
+    return folder / output
 
 
 def split(images: pd.DataFrame, test_fold: int) -> tuple[pd.DataFrame, pd.DataFrame]:

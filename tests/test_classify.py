@@ -13,18 +13,9 @@ from sklearn.metrics import f1_score, log_loss
 from sklearn.preprocessing import normalize
 
 from stages import classify
-from tests.helpers import make_images, spaces, split, write_inputs
+from tests.helpers import make_images, run_classify, spaces, split, write_inputs
 
 K = 3
-
-
-def run_classify(folder: Path, output: str = "classifier", **flags: Any) -> Path:
-    """Run the stage in a folder that write_inputs has written, and return its output."""
-    given = {"exemplars": 1, "shrinkage": 0.2, "keep": 0.9, "max_images": 1000} | flags
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    places = [str(folder / name) for name in ("features", "split", "covariance", "reduced", output)]
-    classify.main([*places, *words])
-    return folder / output
 
 
 def read(output: Path, table: str) -> pd.DataFrame:

@@ -30,6 +30,7 @@ IMAGES = pd.DataFrame({"image_id": [hashlib.sha256(bytes([i % 256, i // 256])).h
     fold=np.arange(N) % 2,
 )
 PREDICTED = ("features_nearest_neighbour", "pixels_nearest_neighbour", "features_linear_probe", "pixels_linear_probe")
+MODEL = {"labels": ["Apple", "Fig"], "calibrated": True, "pixels": {"width": 224}, "k": 2, "n_exemplars": 4, "files": {}}
 METRICS = {"images": {"images": N}, "variance": {"components": 2, "k95": 3}, "nearest_neighbour": {"embedding": 0.9}}
 
 
@@ -75,6 +76,10 @@ def write_run(folder: Path, features: np.ndarray = FEATURES, images: pd.DataFram
     (folder / "reports/evaluation/metrics.json").write_text(json.dumps(METRICS))
     predictions = images[["path", "label"]].assign(predicted=images["label"])
     predictions.to_csv(folder / "reports/evaluation/predictions.csv", index=False)
+    write(predictions.assign(fold=images["fold"]), data / "classifier/predictions")
+    (data / "classifier/metrics.json").write_text(json.dumps({"recognition": {"accuracy": 0.9}}))
+    (data / "model").mkdir()
+    (data / "model/model.json").write_text(json.dumps(MODEL | {"labels": sorted(set(images["label"]))}))
     return folder
 
 
@@ -127,7 +132,7 @@ def b(a: Path) -> Path:
 
 def test_equal_runs_are_the_same_bytes(a: Path, b: Path, say: Say) -> None:
     said = say(a, b)
-    assert (said.status, said.levels()) == (0, ["same bytes"] * 8)
+    assert (said.status, said.levels()) == (0, ["same bytes"] * len(STAGES))
     assert said.text.endswith("compare: same bytes\n")
 
 
@@ -199,7 +204,7 @@ def test_another_label_is_different_from_ingest_on_and_names_the_file(tmp_path: 
     said = say(a, write_run(tmp_path / "b", images=images))
     before = IMAGES.iloc[0]
     assert f"other label: 1 of 400 ({before.path}: {before.label} | Pear)" in "\n".join(said.of("ingest"))
-    assert (said.status, said.levels()) == (1, ["same bytes", *["different"] * 3, "same bytes", *["different"] * 3])
+    assert (said.status, said.levels()) == (1, ["same bytes", *["different"] * 3, "same bytes", *["different"] * 5])
     assert said.text.endswith("compare: different, from ingest on\n")
 
 
@@ -367,6 +372,28 @@ def test_what_explains_a_difference_is_named(a: Path, b: Path, say: Say) -> None
     ]
 
 
+@pytest.mark.parametrize(("n_other", "level"), [(2, "rounding"), (3, "different")])
+def test_a_few_other_answers_of_the_classifier_are_rounding(n_other: int, level: str, a: Path, b: Path, say: Say) -> None:
+    change(b / "data/classifier/predictions", "predicted", lambda rows: ["Pear"] * n_other + list(rows[n_other:]))
+    assert say(a, b).of("classify") == [level, f"other predicted: {n_other} of 400 (rounding: up to 0.5%)"]
+
+
+def test_another_accuracy_of_the_classifier_is_told(a: Path, b: Path, say: Say) -> None:
+    (b / "data/classifier/metrics.json").write_text(json.dumps({"recognition": {"accuracy": 0.8}}))
+    assert say(a, b).of("classify") == ["different", "recognition.accuracy: 0.9 | 0.8"]
+
+
+@pytest.mark.parametrize("name", ["labels", "calibrated", "pixels", "k", "n_exemplars"])
+def test_a_model_that_answers_in_other_words_is_different(name: str, a: Path, b: Path, say: Say) -> None:
+    (b / "data/model/model.json").write_text(json.dumps(MODEL | {name: None}))
+    assert say(a, b).of("export") == ["different", f"{name}: {MODEL[name]} | None"]
+
+
+def test_a_model_of_other_bytes_that_answers_in_the_same_words_is_rounding(a: Path, b: Path, say: Say) -> None:
+    (b / "data/model/model.json").write_text(json.dumps(MODEL | {"files": {"model.tflite": "other"}}))
+    assert say(a, b).of("export")[0] == "rounding"
+
+
 # What is not there
 
 
@@ -382,7 +409,7 @@ def test_data_that_a_folder_lacks_is_said_in_one_line(a: Path, b: Path, say: Say
     for name in ("baseline", "features"):
         shutil.rmtree(b / "data" / name)
     said = say(a, b)
-    assert (said.status, said.levels().count("not there"), said.levels().count("same bytes")) == (2, 2, 6)
+    assert (said.status, said.levels().count("not there"), said.levels().count("same bytes")) == (2, 2, len(STAGES) - 2)
     assert said.error == f"compare: {b} has not all data; run `dvc pull` or `dvc repro` there\n"
 
 
@@ -420,7 +447,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_revision_whose_data_is_nowhere_is_said_in_one_line(repository: Path, a: Path, say: Say) -> None:
     said = say("HEAD", a)
-    assert (said.status, said.levels()) == (2, ["not there"] * 8)
+    assert (said.status, said.levels()) == (2, ["not there"] * len(STAGES))
     assert said.error == (
         "compare: the data of HEAD is neither in DVC's cache nor in its remote; "
         "run `dvc push` where it was computed, or name that folder instead\n"
@@ -438,13 +465,13 @@ def test_a_revision_from_before_a_stage_is_told_apart(repository: Path, a: Path,
 
 def test_hashes_of_two_revisions_are_enough(repository: Path, say: Say) -> None:
     said = say("HEAD", "HEAD")
-    assert (said.status, said.levels()) == (0, ["same bytes"] * 8)
+    assert (said.status, said.levels()) == (0, ["same bytes"] * len(STAGES))
 
 
 def test_a_lock_whose_data_is_not_there_is_not_believed_of_the_workspace(repository: Path, a: Path, say: Say) -> None:
     shutil.copytree(a / "data/features", "data/features")
     said = say("HEAD")
-    assert (said.status, said.levels()) == (2, ["not there"] * 8)
+    assert (said.status, said.levels()) == (2, ["not there"] * len(STAGES))
 
 
 # A real run
@@ -455,7 +482,7 @@ def test_an_experiment_is_found_by_its_name(clone: Path, monkeypatch: pytest.Mon
     run("dvc", "exp", "run", "--name", "fewer", "-S", "reduce.k=4", cwd=clone)
     monkeypatch.chdir(clone)
     said = say("HEAD", "fewer")
-    assert (said.status, said.levels()) == (1, [*["same bytes"] * 5, "different", "same bytes", "different"])
+    assert (said.status, said.levels()) == (1, [*["same bytes"] * 5, "different", "same bytes", *["different"] * 3])
     assert {"k: 8 | 4", "parameter reduce.k: 8 | 4"} < set(said.of("reduce"))
     assert say("fewer").text.endswith("compare: same bytes\n")
 

@@ -22,7 +22,7 @@ from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
 from reports import report
-from tests.helpers import ROOT, make_images, run_evaluate, write, write_inputs
+from tests.helpers import ROOT, make_images, run_classify, run_evaluate, write, write_inputs
 
 CHARTS = [title for plot in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for title in plot]
 
@@ -44,6 +44,7 @@ def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str
     write(quarantine, folder / "data/ingested/quarantine")
     (folder / "reports").mkdir()
     run_evaluate(inputs, folder / "reports/evaluation", max_loss=1)  # by which a k is enough
+    run_classify(folder / "data")
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(ROOT / name, folder)
     for command in (
@@ -57,7 +58,7 @@ def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str
         subprocess.run(command.split(), cwd=folder, check=True)
         if command.startswith("dvc"):
             shutil.copytree(ROOT / ".dvc/plots", folder / ".dvc/plots")
-    return ["data/ingested", "data/split", "data/reduced", "reports/evaluation", "report.html"]
+    return ["data/ingested", "data/split", "data/reduced", "data/classifier", "reports/evaluation", "report.html"]
 
 
 def make_page(folder: Path, places: list[str], *revisions: str) -> str:
@@ -104,7 +105,7 @@ def folder(images: pd.DataFrame, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-PLACES = ["data/ingested", "data/split", "data/reduced", "reports/evaluation", "report.html"]
+PLACES = ["data/ingested", "data/split", "data/reduced", "data/classifier", "reports/evaluation", "report.html"]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,8 @@ def test_the_same_run_gives_the_same_page(folder: Path, page: str) -> None:
 
 @pytest.mark.parametrize(("name", "text", "said"), report.METRICS, ids=[name for name, _, _ in report.METRICS])
 def test_the_page_says_each_metric_and_what_it_means(name: str, text: str, said: str, folder: Path, page: str) -> None:
-    value: Any = json.loads((folder / "reports/evaluation/metrics.json").read_text())
+    files = [folder / name / "metrics.json" for name in ("reports/evaluation", "data/classifier")]
+    value: Any = {key: each for file in files for key, each in json.loads(file.read_text()).items()}
     for key in name.split("."):
         value = value[key]
     assert f'<td class="number">{text.format(value)}</td><td>{said}</td>' in page
