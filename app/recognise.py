@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
+from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 
 from stages.featurize import check_pixels, to_pixels
@@ -80,8 +81,6 @@ def load(folder: Path) -> Model:
     SystemExit
         there is no model in the folder, it is not whole, or it asks for pixels that we cannot make.
     """
-    from ai_edge_litert.interpreter import Interpreter  # what is wrong with the arguments is said sooner without it
-
     try:
         about = json.loads((folder / "model.json").read_bytes())
     except OSError:
