@@ -38,7 +38,7 @@ MAX_FILE_MB = 100
 
 ENDINGS = tuple(f".{each}" for each in EXTENSIONS)
 N_TOLD = 3  # labels, and known photographs
-N_CORES = min(4, os.cpu_count() or 1)  # that are used; to decode MAX_PIXELS takes 1 GB on each
+N_CORES = min(4, os.cpu_count() or 1)  # that are used; each decodes, and MAX_PIXELS take over 1 GB
 N_AHEAD = 64  # photographs that may wait for the network, as pixels
 
 REFUSALS = {"unknown_fruit": "a fruit that I do not know", "no_such_photograph": "no photograph of this kind"}

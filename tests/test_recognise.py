@@ -418,6 +418,15 @@ def test_the_program_says_nothing_on_stderr(model: Path, tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.filterwarnings("error")
+def test_metadata_that_is_not_as_it_should_be_is_no_matter(answers: Answers, tmp_path: Path) -> None:
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"
+    Image.new("RGB", (20, 20), COLOURS["lime"]).save(tmp_path / "one.jpg", exif=damaged)
+    with pytest.raises(UserWarning, match="EXIF"):
+        Image.open(tmp_path / "one.jpg").getexif()
+    assert answers(tmp_path / "one.jpg")[1][0]["label"] == "lime"
+
+
 def test_a_name_may_be_any_bytes(model: Path, tmp_path: Path) -> None:
     path = os.fsencode(tmp_path) + b"/caf\xe9.png"
     os.rename(photograph(tmp_path / "one.png"), path)
