@@ -22,7 +22,6 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pyspark import StorageLevel
@@ -184,9 +183,11 @@ def inspect_files(
             if content is None:
                 raise Refused("unreadable", "cannot be opened")
             image_id = hashlib.sha256(content).hexdigest()
-            image, content = decode(content, max_pixels)
+            image, is_kept = decode(content, max_pixels)
         except Refused as refused:
             return row | {"reason": refused.reason, "detail": refused.detail}
+        if not is_kept:
+            content = to_png(image)
         return row | {
             "image_id": image_id,
             "film": film_of(label, name, group_pattern),
@@ -202,6 +203,8 @@ def inspect_files(
     if inspected.count() == len(paths):
         return inspected
     # Spark gives no row for a file that is empty, too large for us, or cannot be opened.
+    import pandas as pd  # seldom needed, and slow to import for a program that uses `decode` only
+
     spark = files.sparkSession
     listed = spark.createDataFrame(pd.DataFrame({"path": paths}), "path string")
     unseen = listed.join(inspected, "path", "left_anti").collect()
@@ -256,12 +259,12 @@ class Refused(Exception):
         self.reason, self.detail = reason, detail
 
 
-def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
-    """Decode an image to its last byte; return it upright and RGB, and a file that holds just that.
+def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
+    """Decode an image to its last byte; return it upright and RGB.
 
     Returns
     -------
-    image of mode RGB; its JPEG or PNG: content itself where that is upright RGB already, else a PNG
+    image of mode RGB; whether content can be kept: whether it is a JPEG or PNG that is upright RGB already
 
     Raises
     ------
@@ -286,11 +289,13 @@ def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bytes]:
     except DECODE_ERRORS as error:
         raise broken(error) from error
     as_it_is = image.format in ("JPEG", "PNG") and image.mode == "RGB" and not image.has_transparency_data
-    if as_it_is and image.getexif().get(ORIENTATION, 1) == 1:
-        return rgb, content
+    return rgb, as_it_is and image.getexif().get(ORIENTATION, 1) == 1
+
+
+def to_png(image: Image.Image) -> bytes:
     png = io.BytesIO()
-    rgb.save(png, "PNG")
-    return rgb, png.getvalue()
+    image.save(png, "PNG")
+    return png.getvalue()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -75,9 +75,9 @@ def png_without_pixels(width: int, height: int) -> bytes:
 
 def decode(content: bytes) -> tuple[np.ndarray, bytes]:
     """The pixels of the image that ingest makes of content, and the file it keeps."""
-    image, kept = ingest.decode(content, max_pixels=10_000)
+    image, is_kept = ingest.decode(content, max_pixels=10_000)
     assert image.mode == "RGB"
-    return np.asarray(image), kept
+    return np.asarray(image), content if is_kept else ingest.to_png(image)
 
 
 def refusal(content: bytes) -> tuple[str, str]:
