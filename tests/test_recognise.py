@@ -19,21 +19,21 @@ from app import recognise
 from stages import featurize, ingest
 from tests.helpers import PARAMS, ROOT, run
 
-# A model that knows three fruits by the colours of the two halves of a photograph, and finds rows of unlike colours strange.
+# A model that knows three fruits by the colours of the quarters of a photograph, and finds rows of unlike colours strange.
 COLOURS = {"apple": (200, 20, 20), "banana": (220, 200, 30), "lime": (60, 180, 40)}
 BLUE = (10, 20, 220)
 WIDTH, HEIGHT, TEMPERATURE = 12, 8, 0.1
 THRESHOLDS = {"min_similarity": 0.6, "max_strangeness": 0.2}
 PIXELS = {"width": WIDTH, "height": HEIGHT, "resampling": "bicubic", "resampler": "Pillow", "fit": "stretch"}
 PIXELS |= {"orientation": "upright", "mode": "RGB", "dtype": "uint8"}
-KNOWN = np.random.default_rng(0).normal(size=(7, 6))
+KNOWN = np.random.default_rng(0).normal(size=(7, 12))
 
 Answers = Callable[..., tuple[int, list[dict[str, Any]]]]
 
 
 def point(pixels: np.ndarray) -> np.ndarray:
-    halves = pixels.reshape(HEIGHT, 2, WIDTH // 2, 3).mean(axis=(0, 2)).ravel() / 255 - 0.5
-    return halves / np.linalg.norm(halves)
+    quarters = pixels.reshape(2, HEIGHT // 2, 2, WIDTH // 2, 3).mean(axis=(1, 3)).ravel() / 255 - 0.5
+    return quarters / np.linalg.norm(quarters)
 
 
 def expected(image: Image.Image) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def tflite() -> bytes:
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         pixels = tf.compat.v1.placeholder(tf.uint8, (1, HEIGHT, WIDTH, 3), "pixels")
         shares = tf.cast(pixels, tf.float32) / 255
-        halves = tf.reduce_mean(tf.reshape(shares, (1, HEIGHT, 2, WIDTH // 2, 3)), (1, 3))
-        embedding = tf.math.l2_normalize(tf.reshape(halves, (1, 6)) - 0.5, 1, name="embedding")
+        quarters = tf.reduce_mean(tf.reshape(shares, (1, 2, HEIGHT // 2, 2, WIDTH // 2, 3)), (2, 4))
+        embedding = tf.math.l2_normalize(tf.reshape(quarters, (1, 12)) - 0.5, 1, name="embedding")
         similarities = tf.matmul(embedding, exemplars().T.astype(np.float32), name="similarities")
         probabilities = tf.nn.softmax(similarities / TEMPERATURE, name="probabilities")
         strangeness = tf.reduce_mean(tf.abs(shares[:, 1:] - shares[:, :-1]), (1, 2, 3), name="strangeness")
@@ -272,6 +272,8 @@ def test_a_photograph_that_is_stored_turned_gets_the_answer_of_the_upright_one(
     orientation: int, stored: Image.Transpose, answers: Answers, tmp_path: Path
 ) -> None:
     upright = Image.open(photograph(tmp_path / "upright.png", "banana", "lime"))
+    upright.paste(COLOURS["apple"], (0, 0, 15, 8))
+    upright.save(tmp_path / "upright.png")
     exif = Image.Exif()
     exif[ingest.ORIENTATION] = orientation
     upright.transpose(stored).save(tmp_path / "turned.png", exif=exif)
