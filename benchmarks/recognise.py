@@ -2,9 +2,9 @@
 
 usage: python -m benchmarks.recognise IMAGES [--model data/model] [--n_images 500]
 
-IMAGES is the folder of photographs, on white, that the model has learnt. Prints a table. Pictures of other things are parts of
-the two photographs of scikit-learn, a temple and a flower. Fruit is cut out of its white background and laid on the same
-pictures. The model has learnt these fruits, so what is lost is lost by the background alone.
+IMAGES is the folder of photographs, on white, that the model has learnt. Pictures of other things are parts of the two
+photographs of scikit-learn, a temple and a flower. Fruit is cut out of its white background and laid on the same pictures.
+The model has learnt these fruits, so what is lost is lost by the background alone. Prints a table.
 """
 
 import argparse
