@@ -1,1 +1,1 @@
-"""Recognise a photograph with the model that `export` wrote: on the command line, and in a page."""
+"""What recognises a photograph with the model that the pipeline has made: a command, and a page for a phone."""
