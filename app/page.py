@@ -33,8 +33,8 @@ MODULES = APP / "node_modules"
 LANGUAGES = ("fr", "en")
 # What src/pixels.js does to a photograph; width and height are the model's.
 PIXELS = {"orientation": "upright", "mode": "RGB", "fit": "stretch", "resampler": "Pillow", "resampling": "bicubic"}
-# Nothing comes from elsewhere and nothing goes anywhere: the page cannot send a photograph, even if it wanted to. From a disk,
-# the worker's code comes from memory (blob:), and a browser may take no file for the page's own ('self').
+# Nothing comes from elsewhere and nothing goes anywhere: the page could send no photograph, even if it wanted to. The worker
+# comes from memory (blob:), for a page that was opened from a disk may start none from a file.
 POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -82,7 +82,9 @@ def read_model(model: Path) -> dict[str, Any]:
     description = json.loads((model / "model.json").read_text())
     for name, expected in description["files"].items():
         if (found := hashlib.sha256((model / name).read_bytes()).hexdigest()) != expected:
-            raise SystemExit(f"page: {model / name} has SHA-256 {found}, and model.json says {expected}. Run `export` again.")
+            raise SystemExit(
+                f"page: {model / name} has SHA-256 {found}, and model.json says {expected}. Run `export` again."
+            )
     other = {key: description["pixels"][key] for key, value in PIXELS.items() if description["pixels"][key] != value}
     if other:
         raise SystemExit(f"page: the model wants pixels of {other}, and the page makes {PIXELS}. Change app/src/pixels.js.")

@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         server = Server(args.host, args.port, Path(args.folder))
     except OSError as error:
-        raise SystemExit(f"serve: cannot listen on {args.host}, port {args.port}: {error.strerror}. Try PORT=8001.") from None
+        raise SystemExit(
+            f"serve: cannot listen on {args.host}, port {args.port}: {error.strerror}. Try PORT=8001."
+        ) from None
     with server:
         print(says(args.host, server.server_address[1]), flush=True)
         try:
@@ -85,19 +87,22 @@ def says(host: str, port: int) -> str:
     shown = f"[{shown}]" if ":" in shown else shown
     return (
         f"\nSee:   http://{shown}:{port}/\n\n"
-        "Whoever is in the same network can open this page and read the model. Nobody gets a photograph: a browser keeps it.\n"
-        "It is plain http, so somebody in that network could change the page on its way. Use it in a network that you trust.\n"
-        "Taking and choosing photographs works. To keep the page on a phone, and use it without a network, it must come by\n"
-        "https from a web server: copy the folder there. End it with Ctrl+C.\n"
+        "Whoever is in the same network can open this page and read the model. A photograph stays on the phone.\n"
+        "It is plain http: somebody in that network could change the page on its way. Use it where you trust the network.\n"
+        "Taking and choosing photographs works. Only https lets a phone install the page, and use it without a network:\n"
+        "for that, put the folder on a web server. End this one with Ctrl+C.\n"
     )
 
 
 def is_loopback(host: str) -> bool:
-    return host == "localhost" or (host[0].isdigit() or ":" in host) and ipaddress.ip_address(host).is_loopback
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def own_address() -> str:
-    """The address of this machine in its network, as far as it is known; nothing is sent."""
+    """Find the address of this machine in its network, as far as it is known; nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # an address of nobody, by RFC 5737

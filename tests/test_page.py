@@ -4,11 +4,10 @@ The model of these tests recognises colours: `embedding` is the photograph's pix
 """
 
 import base64
+import gzip
 import hashlib
 import io
 import json
-import math
-import os
 import re
 import shutil
 import threading
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -295,10 +293,9 @@ class Page:
         self.wait(f"recognised.length > {n_before}")
         found = self.browser.execute_script(
             """const { result, near = [], ...outcome } = recognised.at(-1);
-            const text = (array) => { let s = ""; new Uint8Array(array.buffer).forEach((byte) => (s += String.fromCharCode(byte)));
-              return btoa(s); };
-            return { ...outcome, near: near.map(({ label }) => label),
-              result: result && Object.fromEntries(Object.entries(result).map(([name, array]) => [name, text(array)])) };"""
+            const letters = (array) => Array.from(new Uint8Array(array.buffer), (byte) => String.fromCharCode(byte));
+            const texts = result && Object.entries(result).map(([name, array]) => [name, btoa(letters(array).join(""))]);
+            return { ...outcome, near: near.map(({ label }) => label), result: texts && Object.fromEntries(texts) };"""
         )
         if found["result"]:
             found["result"] = {
@@ -315,7 +312,9 @@ class Page:
         return str(self.browser.execute_script(f"return document.querySelector('{selector}').innerText"))
 
     def texts(self, selector: str) -> list[str]:
-        return list(self.browser.execute_script(f"return [...document.querySelectorAll('{selector}')].map(e => e.innerText)"))
+        return list(
+            self.browser.execute_script(f"return [...document.querySelectorAll('{selector}')].map(e => e.innerText)")
+        )
 
     def console(self) -> list[str]:
         return [entry["message"] for entry in self.browser.get_log("browser")]
@@ -406,7 +405,7 @@ def expected(content: bytes) -> np.ndarray:
     """The pixels as `ingest` and `featurize` make them."""
     upright, _ = ingest.decode(content, max_pixels=10**8)
     wanted = {"resampling": "bicubic", "width": WIDTH, "height": HEIGHT}
-    return featurize.to_pixels(save(upright, "PNG"), wanted).ravel().astype(np.float32)
+    return featurize.to_pixels(save(upright, "BMP"), wanted).ravel().astype(np.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -415,10 +414,11 @@ def test_the_model_gets_the_pixels_that_pillow_makes(kind: str, decoder: Page, t
     np.testing.assert_array_equal(found["result"]["embedding"], expected(KINDS[kind]))
 
 
-def test_black_of_cmyk_is_one_level_of_255_away_at_most(decoder: Page, tmp_path: Path) -> None:
-    content = save(photograph(mode="CMYK"), "JPEG", quality=95)  # Chromium rounds down where Pillow rounds to the nearest
+def test_black_of_cmyk_is_two_levels_of_255_away_at_most(decoder: Page, tmp_path: Path) -> None:
+    # Chromium rounds down where Pillow rounds to the nearest: one level before resampling, two after it.
+    content = save(photograph(mode="CMYK"), "JPEG", quality=95)
     found = decoder.give(content, tmp_path)
-    np.testing.assert_allclose(found["result"]["embedding"], expected(content), atol=1)
+    np.testing.assert_allclose(found["result"]["embedding"], expected(content), atol=2, rtol=0)
 
 
 def test_every_colour_of_every_transparency_is_laid_over_white_as_pillow_does(decoder: Page, tmp_path: Path) -> None:
@@ -426,7 +426,9 @@ def test_every_colour_of_every_transparency_is_laid_over_white_as_pillow_does(de
     image = Image.fromarray(np.stack([colour, 255 - colour, colour, alpha], axis=-1))
     for left in range(0, 256, WIDTH):
         for top in range(0, 256, HEIGHT):
-            content = save(image.crop((left, top, left + WIDTH, top + HEIGHT)), "PNG")  # as large as the network's: no resampling
+            content = save(
+                image.crop((left, top, left + WIDTH, top + HEIGHT)), "PNG"
+            )  # as large as the network's: no resampling
             np.testing.assert_array_equal(decoder.give(content, tmp_path)["result"]["embedding"], expected(content))
 
 
@@ -445,9 +447,8 @@ def test_labels_are_ranked_by_their_probability(opened: Page, tmp_path: Path) ->
     assert [each["label"] for each in found["best"]] == ["apple", "banana_2", "cherry"]
     by_numpy = probabilities(flat(ORANGE))
     np.testing.assert_allclose([each["probability"] for each in found["best"]], by_numpy, rtol=1e-5)  # float32
-    assert opened.texts("#bars li > span:first-child") == ["Red apple", "Banana 2", "Cherry"]
+    assert opened.texts(".name") == ["Red apple", "Banana 2", "Cherry"]
     assert opened.texts(".figure") == [f"{by_numpy[0]:.0%}", f"{by_numpy[1]:.0%}", "< 1%"]
-    assert opened.text("#headline") == "Red apple"
     shares = opened.browser.execute_script(
         "return [...document.querySelectorAll('.filled')].map(e => e.offsetWidth / e.parentElement.offsetWidth)"
     )
@@ -459,6 +460,14 @@ def test_the_nearest_known_photographs_are_shown_nearest_first(opened: Page, tmp
     assert opened.texts("#nearest figcaption") == ["Banana 2", "Cherry", "Red apple"]
     loaded = "return [...document.querySelectorAll('#nearest img')].map(image => image.naturalWidth)"
     assert opened.browser.execute_script(loaded) == [WIDTH] * 3
+
+
+def test_what_it_knows_is_shown_with_a_photograph_of_each(opened: Page) -> None:
+    opened.wait("self.photographs && document.querySelector('#known')")
+    opened.browser.find_element("css selector", "summary").click()
+    opened.wait("document.querySelector('#known figcaption')")
+    assert opened.texts("#known figcaption") == ["Red apple", "Banana 2", "Cherry"]
+    assert opened.browser.execute_script("return document.querySelectorAll('#known img').length") == 3
 
 
 def test_a_fruit_unlike_all_labels_is_one_that_it_does_not_know(opened: Page, tmp_path: Path) -> None:
@@ -522,12 +531,12 @@ def test_the_same_file_can_be_chosen_twice(opened: Page, tmp_path: Path) -> None
 
 
 def test_the_last_photograph_chosen_is_the_one_that_is_answered(opened: Page, tmp_path: Path) -> None:
-    files = {"large.png": photograph(3000, 2000), "small.png": flat("blue")}
+    files = {"large.jpg": photograph(200, 150).resize((4000, 3000)), "small.jpg": flat("blue")}
     for name, image in files.items():
-        (tmp_path / name).write_bytes(save(image, "PNG", compress_level=1))
+        (tmp_path / name).write_bytes(save(image, "JPEG"))
         opened.browser.find_element("id", "file").send_keys(str(tmp_path / name))
     opened.wait("recognised.length")
-    assert opened.text("#headline") == "Cherry"
+    assert opened.texts(".name")[0] == "Cherry"
     assert opened.browser.execute_script("return recognised.length") == 1
 
 
@@ -535,7 +544,8 @@ def test_the_last_photograph_chosen_is_the_one_that_is_answered(opened: Page, tm
 def test_a_photograph_can_be_dropped_and_pasted(event: str, opened: Page) -> None:
     opened.browser.execute_script(
         """const transfer = new DataTransfer();
-        transfer.items.add(new File([Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0))], "photograph.png"));
+        const bytes = Uint8Array.from(atob(arguments[0]), (letter) => letter.charCodeAt(0));
+        transfer.items.add(new File([bytes], "photograph.png"));
         const made = { drop: () => new DragEvent("drop", { dataTransfer: transfer, cancelable: true }),
                        paste: () => new ClipboardEvent("paste", { clipboardData: transfer }) };
         document.dispatchEvent(made[arguments[1]]());""",
@@ -543,7 +553,7 @@ def test_a_photograph_can_be_dropped_and_pasted(event: str, opened: Page) -> Non
         event,
     )
     opened.wait("recognised.length")
-    assert opened.text("#headline") == "Red apple"
+    assert opened.texts(".name")[0] == "Red apple"
 
 
 # Languages
@@ -564,16 +574,16 @@ def test_the_page_speaks_the_first_language_of_the_browser_that_it_can(
 def test_another_language_can_be_chosen_with_an_answer_on_the_page(opened: Page, tmp_path: Path) -> None:
     opened.give(save(flat(ORANGE), "PNG"), tmp_path)
     opened.browser.find_element("id", "language").click()
-    assert opened.texts("#bars li > span:first-child") == ["Pomme", "Banana 2", "Cerise"]
-    assert opened.texts(".figure")[0] == f"{probabilities(flat(ORANGE))[0]:.0%}".replace("%", "\u202f%")
-    assert "photos de 3 fruits" in opened.text("#quality")
-    assert "84\u202f%" in opened.text("#quality")
+    assert opened.texts(".name") == ["Pomme", "Banana 2", "Cerise"]
+    assert opened.texts(".figure")[0] == f"{probabilities(flat(ORANGE))[0]:.0%}".replace("%", "\xa0%")
+    assert "1\u202f008 photos de 3 fruits" in opened.text("#quality")
+    assert "84\xa0%" in opened.text("#quality")
     opened.browser.find_element("id", "language").click()
-    assert opened.text("#headline") == "Red apple"
+    assert opened.texts(".name")[0] == "Red apple"
 
 
 def test_how_good_it_is_and_on_what_is_said(opened: Page) -> None:
-    for part in ("1,008 photographs of 3 fruits", "84%", "95%", "93%", "2,016 photographs"):
+    for part in ("84% of 1,008 photographs of 3 fruits", "95% among its first three", "learnt from all 2,016"):
         assert part in opened.text("#quality")
 
 
@@ -607,7 +617,7 @@ def test_the_page_opens_and_recognises_when_its_server_has_ended(
     end()
     opened.open(address)
     assert opened.give(save(flat(ORANGE), "PNG"), tmp_path)["kind"] == "known"
-    assert opened.text("#headline") == "Red apple"
+    assert opened.texts(".name")[0] == "Red apple"
     assert opened.console() == []
 
 
@@ -628,6 +638,31 @@ def test_the_page_can_be_installed(chromium: Any, site: tuple[str, Any]) -> None
     opened.wait("!document.getElementById('offline').hidden")
     assert chromium.execute_cdp_cmd("Page.getAppManifest", {})["errors"] == []
     assert chromium.execute_cdp_cmd("Page.getInstallabilityErrors", {})["installabilityErrors"] == []
+
+
+# With the network of the pipeline
+
+
+@pytest.mark.slow
+def test_the_browser_recognises_as_tensorflow_lite_does(run_once: Path, chromium: Any, tmp_path: Path) -> None:
+    from app import recognise
+
+    by_lite = recognise.load(run_once / "data/model")
+    page.main([str(run_once / "data/model"), str(tmp_path / "dist")])
+    opened = Page(chromium)
+    opened.console()
+    opened.open((tmp_path / "dist/index.html").as_uri())
+    photographs = sorted((run_once / "data/sample").glob("*/*.jpg"))[::5]
+    assert len(photographs) > 20
+    for photograph in photographs:
+        found = opened.give(photograph)["result"]
+        expected = by_lite.network(featurize.to_pixels(photograph.read_bytes(), by_lite.about["pixels"]))
+        for name in ("probabilities", "similarities", "strangeness", "embedding"):
+            np.testing.assert_allclose(found[name], expected[name].ravel(), atol=1e-4, rtol=0, err_msg=name)  # float32
+        assert found["probabilities"].argmax() == expected["probabilities"].argmax()
+    assert opened.console() == []
+    packed = sum(len(gzip.compress(path.read_bytes())) for path in (tmp_path / "dist").iterdir())
+    assert packed < 8.5e6  # bytes that a web server sends the first time
 
 
 # For everybody
@@ -666,25 +701,31 @@ def test_every_text_stands_out_from_what_is_behind_it(
     opened.open((dist / "index.html").as_uri(), width=width, prefers_color_scheme=scheme)
     opened.give(save(flat(ORANGE), "PNG"), tmp_path)
     contrasts = dict(chromium.execute_script(CONTRAST))
-    assert {"Red apple", "Choose a photograph", "Français"} <= set(contrasts)
+    assert {"Red apple", "Choose a photo", "Français"} <= set(contrasts)
     assert {text: ratio for text, ratio in contrasts.items() if ratio < 4.5} == {}  # WCAG 2.2, AA
 
 
 def test_a_keyboard_reaches_every_control_and_shows_where_it_is(chromium: Any, dist: Path) -> None:
+    from selenium.webdriver import ActionChains
     from selenium.webdriver.common.keys import Keys
 
     opened = Page(chromium)
     opened.open((dist / "index.html").as_uri(), width=1280)
     reached = []
-    for _ in range(3):
-        chromium.switch_to.active_element.send_keys(Keys.TAB)
+    for _ in range(4):
+        ActionChains(chromium).send_keys(Keys.TAB).perform()
         reached.append(
             chromium.execute_script(
                 """const focused = document.activeElement, shown = focused.labels?.[0] ?? focused;
-                return [focused.id || focused.textContent, getComputedStyle(shown).outlineStyle];"""
+                return [focused.id || focused.textContent.trim(), getComputedStyle(shown).outlineStyle];"""
             )
         )
-    assert reached == [["language", "solid"], ["file", "solid"], ["Licences", "solid"]]
+    assert reached == [
+        ["language", "solid"],
+        ["file", "solid"],
+        ["The 3 fruits that it knows", "solid"],
+        ["Licences", "solid"],
+    ]
 
 
 def test_a_screen_reader_is_told_the_answer_and_what_each_control_is(opened: Page, tmp_path: Path) -> None:
@@ -695,11 +736,11 @@ def test_a_screen_reader_is_told_the_answer_and_what_each_control_is(opened: Pag
         ("heading", "What fruit is this?"),
         ("button", "Français"),
         ("image", "Your photograph"),
-        ("heading", "The known photographs it looks most like"),
+        ("heading", "Nearest known photographs"),
         ("link", "Licences"),
     ):
         assert each in said
-    assert [name for role, name in said if role == "button"][1:] == ["Take a photograph", "Choose a photograph"]
+    assert [name for role, name in said if role == "button"][1:] == ["Take a photo", "Choose a photo"]
     (live,) = opened.browser.execute_script("return [...document.querySelectorAll('[aria-live]')].map(e => e.innerText)")
     assert live.startswith("Red apple")
 

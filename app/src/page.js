@@ -3,7 +3,7 @@
 import { preferred, WORDS } from "./words.js";
 
 const MOST_MEGAPIXELS = 100; // decoded, 400 MB: above, a telephone ends the page without a word
-const SURE = 0.5; // a probability below says so in words
+const SURE = 0.5; // below this probability, it says that it is not sure
 const NEAREST = 3;
 const { labels, names, calibrated, thresholds, measured, trained_on: trainedOn, pixels, backbone } = self.model;
 
@@ -47,59 +47,69 @@ function show() {
   element("network").textContent = words().network({ name: backbone.name, width: pixels.width, height: pixels.height });
   showPhotograph();
   showOutcome();
+  showKnown();
 }
 
 function quality() {
-  const learnt = words().trained({ images: number(trainedOn.images), labels: number(trainedOn.labels) });
-  if (!calibrated) return `${words().unmeasured} ${learnt}`;
+  if (!calibrated) return words().unmeasured;
   const figures = {
     images: number(measured.images),
     labels: number(measured.labels),
     accuracy: percent(measured.accuracy),
     top3: percent(measured.top_3),
   };
-  return [words().measured(figures), words().surest({ share: percent(measured.accuracy_of_surest_80) }), learnt].join(" ");
+  return `${words().measured(figures)} ${words().trained({ images: number(trainedOn.images) })}`;
 }
 
 function showPhotograph() {
   const image = element("photograph");
   image.hidden = !state.photograph;
   image.alt = words().yours;
-  if (state.photograph && image.src !== state.photograph) image.src = state.photograph;
   if (!state.photograph) image.removeAttribute("src");
+  else if (image.src !== state.photograph) image.src = state.photograph;
+}
+
+/** One photograph of each label: what it can know. */
+function showKnown() {
+  element("known").querySelector("summary").textContent = words().known({ labels: number(labels.length) });
+  if (!element("known").open || !self.photographs) return;
+  const first = labels.map((label) => self.photographs.find((known) => known.label === label) ?? { label });
+  element("known").querySelector("ul").replaceChildren(...first.map(figure));
 }
 
 /** Say what has been found, or why not. An outcome is {kind, ...}; null before the first photograph. */
 function showOutcome() {
-  const { kind, best = [], near = [], ...figures } = state.outcome ?? {};
+  const { kind, best = [], near = [], ...figures } = state.outcome ?? { kind: "none" };
+  const unsure = () => (best[0].probability < SURE ? words().unsure : "");
   const lines = {
-    waiting: () => [words()[figures.ready ? "looking" : "starting"]],
-    known: () => [`${nameOf(best[0].label)}`, calibrated ? (best[0].probability < SURE ? words().unsure : "") : words().uncalibrated],
+    none: () => [],
+    waiting: () => [figures.ready ? words().looking : words().starting],
+    known: () => ["", calibrated ? unsure() : words().uncalibrated],
     unknown: () => [words().unknown, words().unknownWhy],
     strange: () => [words().strange, words().strangeWhy],
     tooLarge: () => [words().tooLarge({ megapixels: number(figures.megapixels), most: number(MOST_MEGAPIXELS) })],
     failed: () => [words().failed(figures)],
   };
-  const [headline = "", detail = ""] = kind ? (lines[kind] ?? (() => [words()[kind]]))() : [];
+  const [headline = "", detail = ""] = lines[kind]?.() ?? [words()[kind]];
+  document.body.dataset.outcome = kind;
   element("headline").textContent = headline;
   element("detail").textContent = detail;
-  document.body.dataset.outcome = kind ?? "none";
-  element("bars").hidden = kind !== "known";
-  element("bars").replaceChildren(...(kind === "known" ? best : []).map(bar));
+  element("bars").replaceChildren(...best.map(bar));
   element("nearest").hidden = !near.length;
-  element("nearest").querySelector("ul").replaceChildren(...near.map(neighbour));
+  element("nearest").querySelector("ul").replaceChildren(...near.map(figure));
 }
 
 function bar({ label, probability }) {
   const filled = make("span", { className: "filled" });
   filled.style.inlineSize = `${100 * probability}%`;
-  const figure = make("span", { className: "figure", textContent: calibrated ? chance(probability) : "" });
-  return make("li", {}, make("span", { textContent: nameOf(label) }), " ", figure, make("span", { className: "bar" }, filled));
+  const figures = make("span", { className: "figure", textContent: calibrated ? chance(probability) : "" });
+  const name = make("span", { className: "name", textContent: nameOf(label) });
+  return make("li", {}, name, " ", figures, make("span", { className: "bar" }, filled));
 }
 
-function neighbour({ label, picture }) {
-  const image = make("img", { src: picture, alt: "" }); // its name stands below
-  return make("li", {}, make("figure", {}, image, make("figcaption", { textContent: nameOf(label) })));
+function figure({ label, picture }) {
+  const image = picture ? [make("img", { src: picture, alt: "" })] : []; // its name stands below
+  return make("li", {}, make("figure", {}, ...image, make("figcaption", { textContent: nameOf(label) })));
 }
 
 // What it finds
@@ -165,7 +175,10 @@ function nearest(embedding) {
 const started = start();
 let ready = false;
 started.then(
-  () => (ready = true),
+  () => {
+    ready = true;
+    showKnown();
+  },
   (refusal) => state.photograph || tell(outcomeOf(refusal)),
 );
 
@@ -191,6 +204,7 @@ async function present(file) {
     image.onerror = () => resolve(false);
   });
   if (!loaded) throw new Refusal("noPicture");
+  image.style.setProperty("--proportions", image.naturalWidth / image.naturalHeight);
   const megapixels = (image.naturalWidth * image.naturalHeight) / 1e6;
   if (megapixels > MOST_MEGAPIXELS) throw new Refusal("tooLarge", { megapixels: Math.round(megapixels) });
 }
@@ -202,6 +216,7 @@ async function recognise(file) {
   let outcome;
   try {
     tell({ kind: "waiting", ready });
+    scrollTo(0, 0); // where the answer will be
     await present(file);
     const call = await started;
     if (mine === turn) tell({ kind: "waiting", ready });
@@ -240,6 +255,8 @@ document.addEventListener("paste", (event) => {
   const [file] = event.clipboardData.files;
   if (file) recognise(file);
 });
+
+element("known").addEventListener("toggle", showKnown);
 
 element("language").addEventListener("click", () => {
   state.language = state.language === "en" ? "fr" : "en";
