@@ -531,11 +531,15 @@ def test_the_same_file_can_be_chosen_twice(opened: Page, tmp_path: Path) -> None
 
 
 def test_the_last_photograph_chosen_is_the_one_that_is_answered(opened: Page, tmp_path: Path) -> None:
-    files = {"large.jpg": photograph(200, 150).resize((4000, 3000)), "small.jpg": flat("blue")}
-    for name, image in files.items():
+    for name, image, width in (
+        ("large.jpg", photograph(200, 150).resize((6000, 4500)), 6000),
+        ("small.jpg", flat("blue"), WIDTH),
+    ):
         (tmp_path / name).write_bytes(save(image, "JPEG"))
         opened.browser.find_element("id", "file").send_keys(str(tmp_path / name))
+        opened.wait(f"document.getElementById('photograph').naturalWidth === {width}")  # the worker has it, or will
     opened.wait("recognised.length")
+    opened.browser.execute_async_script("setTimeout(arguments[0], 1000)")  # the first needs less
     assert opened.texts(".name")[0] == "Cherry"
     assert opened.browser.execute_script("return recognised.length") == 1
 

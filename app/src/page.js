@@ -193,17 +193,13 @@ function tell(outcome) {
   showOutcome();
 }
 
-/** Put the photograph on the page; fail where it is none, or too large. */
+/** Put the photograph on the page, and fail where it is too large; whether it is one, the worker finds. */
 async function present(file) {
   if (state.photograph) URL.revokeObjectURL(state.photograph);
   state.photograph = URL.createObjectURL(file);
   showPhotograph();
   const image = element("photograph");
-  const loaded = await new Promise((resolve) => {
-    image.onload = () => resolve(true);
-    image.onerror = () => resolve(false);
-  });
-  if (!loaded) throw new Refusal("noPicture");
+  await new Promise((resolve) => (image.onload = image.onerror = resolve));
   image.style.setProperty("--proportions", image.naturalWidth / image.naturalHeight);
   const megapixels = (image.naturalWidth * image.naturalHeight) / 1e6;
   if (megapixels > MOST_MEGAPIXELS) throw new Refusal("tooLarge", { megapixels: Math.round(megapixels) });

@@ -25,27 +25,20 @@ export async function decode(file, width, height) {
 
 /** Read rows of a picture as RGBA, its transparency laid over white. */
 function readBack(bitmap, top, rows) {
-  const read = (options) => {
-    const context = new OffscreenCanvas(bitmap.width, rows).getContext("2d", { willReadFrequently: true, ...options });
-    context.drawImage(bitmap, 0, -top);
-    return context.getImageData(0, 0, bitmap.width, rows).data;
-  };
-  const pixels = read();
-  if (isOpaque(pixels)) return pixels;
-  // A canvas keeps colours multiplied by alpha: in 8 bits, those of a transparent pixel are lost, in half precision they are
-  // not. A browser without such canvases gives 8 bits, and is wrong by one level of 255 there.
-  return layOverWhite(read({ colorType: "float16" }));
+  const context = new OffscreenCanvas(bitmap.width, rows).getContext("2d", { willReadFrequently: true });
+  context.drawImage(bitmap, 0, -top);
+  return layOverWhite(context.getImageData(0, 0, bitmap.width, rows).data);
 }
 
-function isOpaque(pixels) {
-  for (let i = 3; i < pixels.length; i += 4) if (pixels[i] !== 255) return false;
-  return true;
-}
-
-/** Lay RGBA over white, in place: c * a + 255 * (255 - a), divided by 255 and rounded, in integers as Pillow does it. */
-export function layOverWhite(pixels) {
+/**
+ * Lay RGBA over white, in place: c * a + 255 * (255 - a), divided by 255 and rounded, in integers as Pillow does it.
+ *
+ * A canvas keeps c * a / 255, rounded, and gives back a colour that may be far from c. It gives the same sum all the same.
+ */
+function layOverWhite(pixels) {
   for (let i = 0; i < pixels.length; i += 4) {
     const alpha = pixels[i + 3];
+    if (alpha === 255) continue;
     for (let channel = i; channel < i + 3; channel++) {
       const sum = (pixels[channel] * alpha + 255 * (255 - alpha) + 128) << 7;
       pixels[channel] = ((sum >> 8) + sum) >> 15;
