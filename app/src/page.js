@@ -58,7 +58,9 @@ function quality() {
     accuracy: percent(measured.accuracy),
     top3: percent(measured.top_3),
   };
-  return `${words().measured(figures)} ${words().trained({ images: number(trainedOn.images) })}`;
+  const said = [words().measured(figures), words().trained({ images: number(trainedOn.images) })];
+  if (measured.unknown) said.push(words().strangers({ share: percent(measured.unknown.accepted) }));
+  return said.join(" ");
 }
 
 function showPhotograph() {
