@@ -3,6 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 REPORT := --suspects reports/suspects data/ingested data/split data/reduced data/classifier reports/evaluation reports/report.html
+# What `make app` takes on its command line; never from the environment, where a shell may have put a HOST.
+HOST := 127.0.0.1
+PORT := 8000
+LABELS :=
 CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 # One lock for Linux and macOS, each processor and each Python from 3.11 on.
 LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
@@ -10,7 +14,7 @@ PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run report compare experiments bench test test-slow test-release lint lock cache-info cache-clear \
+.PHONY: help run app page report compare experiments bench test test-slow test-release lint lock cache-info cache-clear \
   remote residency cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
@@ -21,6 +25,12 @@ run: .venv/run identity ## images to features, PCA and its metrics; only what ch
 	@python -m reports.report $(REPORT)
 	@printf '\n'; cat reports/evaluation/summary.txt; printf '\n'; cat data/classifier/summary.txt
 	@printf '\nSee:   reports/report.html\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
+
+app: page ## recognise photographs in a browser; HOST=0.0.0.0 for a phone in the same network, PORT, LABELS=labels.csv
+	@python -m app.serve app/dist --host $(HOST) --port $(PORT)
+
+page: .venv/app ## app/dist, the same as a folder: for a web server, or to open index.html
+	@python -m app.page data/model app/dist $(LABELS)
 
 report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their runs beside this one's
 	@python -m reports.report $(REPORT) $(REVISIONS)

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,3 +92,30 @@ def dvc_root(tmp_path: Path) -> dict[str, str]:
     """The environment of a repository of DVC's."""
     (tmp_path / ".dvc").mkdir()
     return {"DVC_ROOT": str(tmp_path)}
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium without a network."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    browser, service = shutil.which("google-chrome") or shutil.which("chromium"), shutil.which("chromedriver")
+    if not (browser and service):
+        pytest.skip("needs Chrome or Chromium, and its driver (Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--no-first-run",
+        "--proxy-server=127.0.0.1:9",  # nobody there: whatever the page asks of a network fails, and is an error in the log
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(service))
+    yield driver
+    driver.quit()

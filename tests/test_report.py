@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -287,32 +286,6 @@ def test_images_of_one_fold_make_a_page_without_accuracies(tmp_path: Path) -> No
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    """A headless Chromium without a network."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    browser, service = shutil.which("google-chrome") or shutil.which("chromium"), shutil.which("chromedriver")
-    if not (browser and service):
-        pytest.skip("needs Chrome or Chromium, and its driver (Debian: apt install chromium chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    for flag in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--no-first-run",
-        "--proxy-server=127.0.0.1:9",  # nobody there: whatever the page asks of a network fails, and is an error in the log
-    ):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(service))
-    yield driver
-    driver.quit()
 
 
 @pytest.mark.slow

@@ -1,0 +1,88 @@
+// All that the page says, in each of its languages. A text in `data-words` of index.html has the same name here.
+
+export const WORDS = {
+  en: {
+    other: "Français",
+    title: "What fruit is this?",
+    lead: "Show it a fruit. The photograph stays on this device: nothing is sent.",
+    camera: "Take a photo",
+    choose: "Choose a photo",
+    drop: "or drop one on this page",
+    yours: "Your photograph",
+    starting: "Getting ready…",
+    looking: "Looking…",
+    nearest: "Nearest known photographs",
+    better: "For a better answer",
+    advice: ["One fruit, whole and near", "A light, plain background", "Daylight, and no shadow on it"],
+    unsure: "It is not sure. Another photograph may help.",
+    unknown: "A fruit that I do not know",
+    unknownWhy: "It is not enough like any of the fruits that I was shown.",
+    strange: "No photograph of the kind I know",
+    strangeWhy: "It is like none that I was shown. Perhaps it is no fruit, or the background is not plain.",
+    uncalibrated: "How sure it is could not be measured: no fruit was photographed twice apart.",
+    good: "How good it is",
+    measured: ({ images, labels, accuracy, top3 }) =>
+      `It named ${accuracy} of ${images} photographs of ${labels} fruits rightly, and ${top3} among its first three. ` +
+      "It had learnt from others, taken apart from these.",
+    unmeasured: "How good it is could not be measured: no fruit was photographed twice apart.",
+    trained: ({ images }) => `It has since learnt from all ${images} that it was given.`,
+    strangers: ({ share }) => `Of fruits that it was never shown, it takes ${share} for one that it knows.`,
+    known: ({ labels }) => `The ${labels} fruits that it knows`,
+    network: ({ name, width, height }) => `Network: ${name}, ${width} × ${height} pixels.`,
+    offline: "It now works without a network too.",
+    licences: "Licences",
+    noPicture: "This file cannot be read as a picture. JPEG, PNG and WebP are fine.",
+    tooLarge: ({ megapixels, most }) => `This picture has ${megapixels} megapixels, and ${most} are the most I can take.`,
+    noMemory: "This device has not enough memory for so large a picture. A smaller one will do.",
+    tooOld: "This browser is too old for it. Chrome or Edge 91, Firefox 105 and Safari 16.4 will do, and all later ones.",
+    notLoaded: "A part of this page could not be loaded. Please load it again.",
+    failed: ({ message }) => `Something went wrong here: ${message}`,
+    nearly: (text) => `> ${text}`,
+    hardly: (text) => `< ${text}`,
+  },
+  fr: {
+    other: "English",
+    title: "Quel est ce fruit ?",
+    lead: "Montrez un fruit. La photo reste sur cet appareil : rien n’est envoyé.",
+    camera: "Prendre une photo",
+    choose: "Choisir une photo",
+    drop: "ou déposez-en une sur cette page",
+    yours: "Votre photo",
+    starting: "Préparation…",
+    looking: "Un instant…",
+    nearest: "Les photos connues les plus proches",
+    better: "Pour une meilleure réponse",
+    advice: ["Un seul fruit, entier et de près", "Un fond clair et uni", "La lumière du jour, sans ombre portée"],
+    unsure: "La réponse n’est pas sûre. Une autre photo peut aider.",
+    unknown: "Un fruit que je ne connais pas",
+    unknownWhy: "Il ne ressemble assez à aucun des fruits que l’on m’a montrés.",
+    strange: "Une photo d’un genre que je ne connais pas",
+    strangeWhy: "Elle ne ressemble à aucune de celles que l’on m’a montrées. Ce n’est peut-être pas un fruit, ou le fond n’est pas uni.",
+    uncalibrated: "La sûreté de la réponse n’a pas pu être mesurée : aucun fruit n’a été photographié deux fois séparément.",
+    good: "Ce que cela vaut",
+    measured: ({ images, labels, accuracy, top3 }) =>
+      `La réponse était juste pour ${accuracy} de ${images} photos de ${labels} fruits, et parmi les trois premières pour ` +
+      `${top3}. L’apprentissage s’était fait sur d’autres photos, prises séparément.`,
+    unmeasured: "La qualité n’a pas pu être mesurée : aucun fruit n’a été photographié deux fois séparément.",
+    trained: ({ images }) => `Depuis, il s’est fait sur toutes les ${images} photos fournies.`,
+    strangers: ({ share }) => `Parmi les photos de fruits jamais montrés, ${share} sont prises pour celles d’un fruit connu.`,
+    known: ({ labels }) => `Les ${labels} fruits connus`,
+    network: ({ name, width, height }) => `Réseau : ${name}, ${width} × ${height} pixels.`,
+    offline: "La page fonctionne maintenant aussi sans réseau.",
+    licences: "Licences",
+    noPicture: "Ce fichier ne peut pas être lu comme une image. JPEG, PNG et WebP conviennent.",
+    tooLarge: ({ megapixels, most }) => `Cette image a ${megapixels} mégapixels ; ${most} au plus sont possibles.`,
+    noMemory: "Cet appareil n’a pas assez de mémoire pour une si grande image. Une plus petite conviendra.",
+    tooOld: "Ce navigateur est trop ancien. Il faut Chrome ou Edge 91, Firefox 105, Safari 16.4, ou plus récent.",
+    notLoaded: "Une partie de cette page n’a pas pu être chargée. Veuillez la recharger.",
+    failed: ({ message }) => `Quelque chose s’est mal passé ici : ${message}`,
+    nearly: (text) => `> ${text}`,
+    hardly: (text) => `< ${text}`,
+  },
+};
+
+/** The first of the browser's languages that the page speaks. */
+export function preferred() {
+  const languages = navigator.languages.map((language) => language.slice(0, 2));
+  return languages.find((language) => language in WORDS) ?? "en";
+}
