@@ -191,9 +191,6 @@ def joined(network: bytes, head: Head) -> GraphDef:
     def squares(rows: tf.Tensor, **options: bool) -> tf.Tensor:
         return tf.reduce_sum(rows * rows, axis=1, **options)
 
-    def unit(rows: tf.Tensor) -> tf.Tensor:
-        return rows / tf.maximum(tf.sqrt(squares(rows, keepdims=True)), SMALLEST)
-
     backbone = GraphDef.FromString(network)
     (pixels,) = (node for node in backbone.node if node.op == "Placeholder")
     pixels.attr["shape"].shape.dim[0].size = 1
@@ -201,7 +198,8 @@ def joined(network: bytes, head: Head) -> GraphDef:
         (features,) = tf.import_graph_def(backbone, return_elements=["features:0"], name="")
         deviation = (features - constant(head.mean)) * constant(to_scale)
         embedding = deviation @ constant(head.components.T)
-        point = tf.identity(unit(unit(embedding) @ constant(whitening)), "embedding")
+        whitened = embedding @ constant(whitening)  # which need not be of unit length before, as it becomes so after
+        point = tf.divide(whitened, tf.maximum(tf.sqrt(squares(whitened, keepdims=True)), SMALLEST), "embedding")
         cosines = point @ constant(head.exemplars.reshape(-1, k).T)
         similarities = tf.reduce_max(tf.reshape(cosines, (1, n_labels, n_exemplars)), axis=2, name="similarities")
         tf.nn.softmax(similarities * constant(1 / head.temperature), name="probabilities")

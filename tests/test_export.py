@@ -223,10 +223,10 @@ def test_simplifying_changes_no_output(network: bytes, head: Head) -> None:
     assert_near(run(export.simplified(whole), PIXELS), run(whole, PIXELS), FLOAT32)
 
 
-def test_a_simple_graph_divides_by_no_constant_and_renames_nothing(graph: GraphDef) -> None:
+def test_a_simple_graph_divides_by_no_constant_and_has_no_identity(graph: GraphDef) -> None:
     known = constants(graph)
     assert not [node.name for node in graph.node if node.op == "RealDiv" and node.input[1] in known]
-    assert [node.name for node in graph.node if node.op == "Identity"] == ["embedding"]
+    assert "Identity" not in {node.op for node in graph.node}
 
 
 def test_rounding_leaves_only_numbers_of_float16(graph: GraphDef) -> None:
@@ -505,7 +505,8 @@ def test_only_the_row_groups_that_hold_a_wanted_photograph_are_read(tmp_path: Pa
     (tmp_path / "images").mkdir()
     file = tmp_path / "images" / "part-00000.parquet"
     contents = [bytes([65 + i]) * 1000 for i in range(6)]
-    table = pa.table({"path": [f"{i}.jpg" for i in range(6)], "content": contents})
+    names = [f"{i}.jpg" for i in (0, 9, 2, 3, 4, 5)]  # by its first and last, each row group might hold what is wanted
+    table = pa.table({"path": names, "content": contents})
     pq.write_table(table, file, row_group_size=2, compression="none", use_dictionary=False)
     damaged = file.read_bytes()
     at = damaged.index(b"A" * 1000)
