@@ -67,10 +67,10 @@ COMPARED = 32  # photographs, by TFLite and by TensorFlow
 MAX_DIFFERENCE = 1e-3  # of them, in any number of OUTPUTS
 # Operations that TensorFlow.js has, in its reader of graphs and in WebAssembly: what the networks of `backbone` need.
 WEB = {
-    *("Placeholder", "Const", "Identity", "Cast", "Reshape", "Pad", "Pack", "ConcatV2", "StridedSlice"),
+    *("Placeholder", "Const", "Identity", "Cast", "Reshape", "BroadcastTo", "Pad", "Pack", "ConcatV2", "StridedSlice"),
     *("_FusedConv2D", "FusedDepthwiseConv2dNative", "Conv2D", "DepthwiseConv2dNative", "BiasAdd", "MatMul"),
-    *("Relu", "Relu6", "Sigmoid", "Softmax", "Sqrt", "AvgPool", "MaxPool", "Mean", "Max", "Sum"),
-    *("Add", "AddV2", "AddN", "Sub", "Mul", "RealDiv", "Maximum"),
+    *("Relu", "Relu6", "Sigmoid", "Softmax", "Erf", "Neg", "Sqrt", "Rsqrt", "AvgPool", "MaxPool", "Mean", "Max", "Sum"),
+    *("Add", "AddV2", "AddN", "Sub", "SquaredDifference", "Mul", "RealDiv", "Maximum"),
 }
 FUSED = {"Conv2D": "_FusedConv2D", "DepthwiseConv2dNative": "FusedDepthwiseConv2dNative"}
 ACTIVATIONS = ("Relu", "Relu6")
@@ -215,9 +215,16 @@ def power_of_two(number: float) -> float:
 
 def simplified(graph: GraphDef) -> GraphDef:
     """Compute what depends on no pixel, and drop what computes nothing; a division by a constant becomes a product."""
+    result = GraphDef.FromString(graph.SerializeToString())
     with tf.Graph().as_default() as whole:
         tf.import_graph_def(graph, name="")
-    wanted = tf.compat.v1.train.export_meta_graph(graph_def=graph, graph=whole)
+    for node in result.node:
+        if node.op == "Shape":  # known, as there is one image; Grappler does not find all of them
+            sizes = whole.get_operation_by_name(node.name).inputs[0].shape.as_list()
+            node.CopyFrom(NodeDef(name=node.name, op="Const"))
+            node.attr["dtype"].type = tf.int32.as_datatype_enum
+            node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(sizes, tf.int32))
+    wanted = tf.compat.v1.train.export_meta_graph(graph_def=result, graph=whole)
     wanted.collection_def["train_op"].node_list.value.extend(OUTPUTS)
     config = tf.compat.v1.ConfigProto()
     rewrite = config.graph_options.rewrite_options
@@ -230,14 +237,18 @@ def simplified(graph: GraphDef) -> GraphDef:
 def rounded(graph: GraphDef) -> GraphDef:
     """Round the constants to float16; they stay float32 in type.
 
+    What scales the argument of an error function stays as it is: by that number, TFLite tells a GELU, which it has.
+
     Raises
     ------
     SystemExit
         one is larger than float16 can be
     """
     result = GraphDef.FromString(graph.SerializeToString())
+    nodes = {node.name: node for node in result.node}
+    exact = {name for node in result.node if node.op == "Erf" for name in nodes[node.input[0]].input}
     for node in result.node:
-        if node.op == "Const" and node.attr["dtype"].type == tf.float32.as_datatype_enum:
+        if node.op == "Const" and node.name not in exact and node.attr["dtype"].type == tf.float32.as_datatype_enum:
             value = tf.make_ndarray(node.attr["value"].tensor)
             with np.errstate(over="ignore"):
                 half = value.astype(np.float16)
@@ -314,7 +325,7 @@ def to_tfjs(graph: GraphDef) -> tuple[str, bytes]:
         elif node.op == "Const":
             value = tf.make_ndarray(node.attr["value"].tensor)
             weight = {"name": node.name, "shape": value.shape, "dtype": value.dtype.name}
-            if value.dtype == np.float32:
+            if value.dtype == np.float32 and (value == value.astype(np.float16)).all():
                 weight["quantization"] = {"dtype": "float16", "original_dtype": "float32"}
                 value = value.astype(np.float16)
             manifest.append(weight)
