@@ -261,7 +261,8 @@ def fuse_normalizations(network: keras.Model) -> keras.Model:
 
     A batch normalization is a product and a sum, each a pass over memory: where it alone takes a convolution's output, they
     become that convolution's kernel and bias. A sum of feature maps of one shape becomes an AddN: an AddV2, which might
-    broadcast, is not fused with the convolution before it and the activation after it.
+    broadcast, is not fused with the convolution before it and the activation after it. A convolution of each channel apart
+    becomes a depthwise one, and a GELU is written with the error function: other runtimes know only those.
     """
     maker = {id(layer.output): layer for layer in network.operations}
     n_takers = collections.Counter(id(tensor) for layer in network.operations for tensor in keras.tree.flatten(layer.input))
@@ -269,6 +270,10 @@ def fuse_normalizations(network: keras.Model) -> keras.Model:
     for layer in network.operations:
         if isinstance(layer, layers.Add) and len({each.shape for each in layer.input}) == 1:
             instead[layer.name] = layers.Lambda(tf.add_n, name=layer.name)
+        elif isinstance(layer, layers.Conv2D) and layer.groups == layer.filters == layer.input.shape[-1]:
+            instead[layer.name] = to_depthwise(layer)
+        elif isinstance(layer, layers.Activation) and layer.activation is keras.activations.gelu:
+            instead[layer.name] = layers.Lambda(lambda x: 0.5 * x * (1.0 + tf.math.erf(x * np.float32(0.5**0.5))))
         elif isinstance(layer, layers.BatchNormalization):
             convolution, is_alone = maker[id(layer.input)], n_takers[id(layer.input)] == 1
             if is_alone and isinstance(convolution, CONVOLUTIONS) and convolution.activation is keras.activations.linear:
@@ -299,6 +304,16 @@ def fuse(convolution: layers.Layer, normalization: layers.BatchNormalization) ->
     fused.build(convolution.input.shape)
     fused.set_weights([*earlier, kernel.astype(np.float32), bias.astype(np.float32)])
     return fused
+
+
+def to_depthwise(convolution: layers.Conv2D) -> layers.Layer:
+    """Make the depthwise convolution that does the same as one with as many groups as channels."""
+    names = ("kernel_size", "strides", "padding", "dilation_rate", "use_bias", "activation", "name")
+    depthwise = layers.DepthwiseConv2D(**{name: getattr(convolution, name) for name in names})
+    depthwise.build(convolution.input.shape)
+    kernel, *bias = convolution.get_weights()  # (height, width, 1, channels)
+    depthwise.set_weights([kernel.swapaxes(2, 3), *bias])
+    return depthwise
 
 
 def sha256(parts: Iterable[Any]) -> str:

@@ -287,6 +287,24 @@ def test_only_sums_of_feature_maps_are_fused(small: Any) -> None:
     assert [node.name.split("/")[1] for node in small[0].node if node.op == "AddN"] == ["residual_1"]
 
 
+def test_a_convolution_of_each_channel_apart_becomes_depthwise_and_a_gelu_an_error_function() -> None:
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(6, 3, strides=2, groups=6)(keras.layers.Conv2D(6, 1)(inputs))
+    outputs = keras.layers.GlobalAveragePooling2D()(keras.layers.Activation("gelu")(x))
+    network = keras.Model(inputs, outputs)
+    for weight in network.weights:
+        weight.assign(np.random.default_rng(0).normal(0, 1, weight.shape))
+    graph = backbone.freeze(network, lambda pixels: pixels / 255.0, 8)
+    operations = collections.Counter(node.op for node in tf.compat.v1.GraphDef.FromString(graph).node)
+    found = {
+        name: operations[name] for name in ("Conv2D", "DepthwiseConv2dNative", "StatefulPartitionedCall", "Erf", "Erfc")
+    }
+    assert found == {"Conv2D": 1, "DepthwiseConv2dNative": 1, "StatefulPartitionedCall": 0, "Erf": 1, "Erfc": 0}
+    pixels = random_pixels(4, 8)
+    assert_same_features(features_of(graph, pixels), network.predict(pixels / np.float32(255), verbose=0))
+
+
 @pytest.mark.slow  # networks of 34 to 121 normalizations
 @pytest.mark.parametrize(
     ("name", "n_left"),
