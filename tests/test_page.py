@@ -23,6 +23,7 @@ from PIL import Image, ImageCms
 
 from app import page, serve
 from stages import featurize, ingest
+from tests.helpers import ROOT, run
 
 WIDTH, HEIGHT = 40, 56
 LABELS = ["apple", "banana_2", "cherry"]
@@ -204,6 +205,10 @@ def test_both_languages_say_the_same_things() -> None:
 
 def test_the_server_listens_on_this_machine_only() -> None:
     assert serve.parse_args(["folder"]).host == "127.0.0.1"
+
+
+def test_a_shell_that_exports_its_host_opens_the_page_to_nobody() -> None:
+    assert "app.serve app/dist --host 127.0.0.1" in run("make", "--dry-run", "app", cwd=ROOT, HOST="0.0.0.0")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
