@@ -510,6 +510,7 @@ def test_a_model_that_could_not_be_calibrated_refuses_nothing_and_says_so(chromi
         ("truncated.jpg", save(photograph(), "JPEG")[:2000]),
         ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'),
     ],
+    ids=["text", "empty", "truncated", "svg"],
 )
 def test_a_file_that_is_no_photograph_is_refused_in_words(name: str, content: bytes, opened: Page, tmp_path: Path) -> None:
     assert opened.give(content, tmp_path, name)["kind"] == "noPicture"
