@@ -115,7 +115,7 @@ def fetch_runtime() -> None:
     lock, done = APP / "package-lock.json", MODULES / ".package-lock.json"
     if done.is_file() and done.stat().st_mtime >= lock.stat().st_mtime:
         return
-    print("page: fetching TensorFlow.js and esbuild into app/node_modules, 200 MB")
+    print("page: fetching TensorFlow.js and esbuild into app/node_modules, 100 MB")
     run(find("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error")
     done.touch()
 

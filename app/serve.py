@@ -25,7 +25,7 @@ SERVICE_WORKER = "/service-worker.js"
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Send files of one folder, with the page's policy."""
+    """Send the files of one folder, with the page's policy."""
 
     # Not as this machine's own table has it: with `nosniff`, a script of another type does not run.
     extensions_map = {  # noqa: RUF012
@@ -54,7 +54,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A server of either kind of address, that lets no other program take its port."""
+    """Serve a folder on an address of IPv4 or IPv6."""
 
     daemon_threads = True
 

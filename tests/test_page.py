@@ -23,6 +23,7 @@ from PIL import Image, ImageCms
 
 from app import page, serve
 from stages import featurize, ingest
+from tests.helpers import ROOT, run
 
 WIDTH, HEIGHT = 40, 56
 LABELS = ["apple", "banana_2", "cherry"]
@@ -204,6 +205,10 @@ def test_both_languages_say_the_same_things() -> None:
 
 def test_the_server_listens_on_this_machine_only() -> None:
     assert serve.parse_args(["folder"]).host == "127.0.0.1"
+
+
+def test_a_shell_that_exports_its_host_opens_the_page_to_nobody() -> None:
+    assert "app.serve app/dist --host 127.0.0.1" in run("make", "--dry-run", "app", cwd=ROOT, HOST="0.0.0.0")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
@@ -505,6 +510,7 @@ def test_a_model_that_could_not_be_calibrated_refuses_nothing_and_says_so(chromi
         ("truncated.jpg", save(photograph(), "JPEG")[:2000]),
         ("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'),
     ],
+    ids=["text", "empty", "truncated", "svg"],
 )
 def test_a_file_that_is_no_photograph_is_refused_in_words(name: str, content: bytes, opened: Page, tmp_path: Path) -> None:
     assert opened.give(content, tmp_path, name)["kind"] == "noPicture"

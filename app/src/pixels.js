@@ -33,7 +33,8 @@ function readBack(bitmap, top, rows) {
 /**
  * Lay RGBA over white, in place: c * a + 255 * (255 - a), divided by 255 and rounded, in integers as Pillow does it.
  *
- * A canvas keeps c * a / 255, rounded, and gives back a colour that may be far from c. It gives the same sum all the same.
+ * A canvas keeps c * a / 255 and gives back a colour that may be far from c. Where the browser rounds to the nearest, as
+ * Chromium does, the sum is the same all the same; Firefox rounds down, and a half transparent pixel may be one level darker.
  */
 function layOverWhite(pixels) {
   for (let i = 0; i < pixels.length; i += 4) {
