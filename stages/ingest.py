@@ -60,7 +60,7 @@ FILES = "path string, length long, content binary"
 INSPECTED = T.StructType([*IMAGES.fields, *QUARANTINE.fields[2:]])  # reason is null where the file is an image
 ARROW_INSPECTED = to_arrow_schema(INSPECTED)
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
 FORMATS = {  # that are read, by Pillow's name: what a file of each starts with
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n",
@@ -77,11 +77,11 @@ OTHERS = {  # that people deliver by mistake
     rb"%PDF": "a PDF document",
     rb"PK\x03\x04": "a ZIP archive, or a document that is one",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive",
+    rb".{4}ftypcrx |FUJIFILM|IIRO|IIU\0": "a raw photograph of a camera",
     rb"RIFF.{4}WAVE|ID3|OggS|fLaC": "a sound (WAV, MP3, Ogg or FLAC)",
     rb"RIFF.{4}AVI |.{4}ftyp|.{4}(moov|mdat)|\x1aE\xdf\xa3": "a video (AVI, MP4, QuickTime or Matroska)",
     rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "a JPEG 2000",
     rb"\0\0\0\x0cJXL |\xff\x0a": "a JPEG XL",
-    rb".{4}ftypcrx |FUJIFILM|IIRO|IIU\0": "a raw photograph of a camera",
     rb"8BPS": "a Photoshop document",
 }
 THUMBNAIL = (16, 16)
@@ -102,7 +102,7 @@ DECODE_ERRORS = (
 # What they say if bytes are missing.
 SHORT = re.compile(
     "truncat|broken data|create decoder|requires a buffer|incomplete|premature|corrupt jpeg|end of file|out of range"
-    "|not enough|not a|missing dimensions|no more images|data organization|outside of file|chunk b'(?!IHDR)",
+    "|not enough|not a|not defined|parsing failed|insufficient|too small|cannot read full|missing dimensions|no more images|data organization|outside of file|chunk b'(?!IHDR)",
     re.IGNORECASE,
 )
 # A segment of a JPEG's header: its marker and its length.
@@ -365,15 +365,20 @@ def load(image: ImageFile.ImageFile, content: bytes) -> Image.Image:
 def load_jpeg(image: Image.Image, content: bytes) -> Image.Image:
     """Decode a JPEG to the pixels that Pillow reads, but refuse it if libjpeg warns that some of them are wrong.
 
-    Pillow drops these warnings: a JPEG with a hole would be an image. Harmless, and so no reason to refuse it, are: bytes
-    after its end, padding before it, bytes between the segments of its header, odd parameters of a scan, odd metadata.
+    Pillow drops these warnings: a JPEG with a hole would be an image. These are harmless, so the file stays an image: bytes
+    after its end, bytes between the segments of its header, odd metadata, odd parameters of a scan. Bytes between a scan and
+    the end are not: most often the scan is damaged. Of 8 bytes or fewer libjpeg says nothing, nor of most bits that flipped.
+    Where the colours are stored with less detail in an odd ratio, only Pillow decodes.
     """
     colours = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]
     try:
         pixels = simplejpeg.decode_jpeg(content, colours)
     except ValueError:
-        # It stops at the first warning. If that was harmless, there is no second one without its cause.
-        check_scans(content, colours)
+        try:  # it stops at the first warning, which a harmless one may be
+            simplejpeg.decode_jpeg(without_metadata(content), colours)
+        except ValueError as error:
+            if not re.search("Invalid SOS parameters|determine subsampling", str(error)):
+                raise
         image.load()
         return image
     if image.mode == "CMYK":  # whose inks Pillow inverts
@@ -384,23 +389,15 @@ def load_jpeg(image: Image.Image, content: bytes) -> Image.Image:
     return decoded
 
 
-def check_scans(content: bytes, colours: str) -> None:
-    """Decode a JPEG without what its header does not need, such as metadata; raise ValueError if pixels are wrong."""
-    needed, scans, segment = [content[:2]], content, SEGMENT.search(content, 2)
+def without_metadata(content: bytes) -> bytes:
+    """Leave out of a JPEG's header what does not change a scan, and bytes that belong to no segment."""
+    kept, segment = [content[:2]], SEGMENT.search(content, 2)
     while segment and segment[1] != b"\xda":
         end = segment.start() + 2 + int.from_bytes(segment[2])
         if segment[1] < b"\xe0":
-            needed.append(content[segment.start() : end])
+            kept.append(content[segment.start() : end])
         segment = SEGMENT.search(content, end)
-    if segment:
-        scans = content[segment.start() :]
-    try:
-        simplejpeg.decode_jpeg(b"".join([*needed, scans]), colours)
-    except ValueError as error:
-        padding = re.search("(\\d+) extraneous bytes before marker 0xd9", str(error))
-        is_padded = padding and len(set(scans[: scans.index(b"\xff\xd9")][-int(padding[1]) :])) == 1
-        if not (is_padded or "Invalid SOS parameters" in str(error)):
-            raise
+    return b"".join([*kept, content[segment.start() :]]) if segment else content
 
 
 def load_png(image: ImageFile.ImageFile, content: bytes) -> Image.Image:
