@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import vl_convert
-from PIL import Image
+from PIL import Image, ImageOps
 
 from stages.analysis import RECOGNISERS, SPACES, count_confusions, leak_warning, most_confused, read
 
@@ -261,6 +261,7 @@ def make_pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
     for batch in ds.dataset(images, format="parquet").to_batches(list(PICTURES), filter=wanted, batch_size=256):
         for row in batch.to_pylist():
             with Image.open(io.BytesIO(row["content"])) as image:
+                ImageOps.exif_transpose(image, in_place=True)
                 image.thumbnail((PIXELS, PIXELS))
                 stream = io.BytesIO()
                 image.save(stream, "WEBP", quality=75)

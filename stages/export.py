@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 from google.protobuf import json_format
-from PIL import Image
+from PIL import Image, ImageOps
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.python.grappler import tf_optimizer
@@ -418,6 +418,7 @@ def read_contents(ingested: str, paths: Sequence[str]) -> Iterator[tuple[str, by
 def to_pixels(content: bytes, wanted: dict[str, Any]) -> np.ndarray:
     """Make the pixels that backbone.json asks for, as the stage featurize does: uint8 RGB of shape (height, width, 3)."""
     with Image.open(io.BytesIO(content)) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         resampling = Image.Resampling[wanted["resampling"].upper()]
         return np.asarray(image.resize((wanted["width"], wanted["height"]), resampling))
 
@@ -425,6 +426,7 @@ def to_pixels(content: bytes, wanted: dict[str, Any]) -> np.ndarray:
 def to_picture(content: bytes) -> bytes:
     """Make a small JPEG of a photograph."""
     with Image.open(io.BytesIO(content)) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         image.thumbnail((PICTURE, PICTURE))
         file = io.BytesIO()
         image.save(file, "JPEG", quality=QUALITY, optimize=True)

@@ -24,12 +24,13 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
+from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, ImageOps
 from py4j.protocol import Py4JJavaError
 from pyspark import Accumulator, Broadcast, SparkConf, TaskContext
 from pyspark.sql import DataFrame, SparkSession
@@ -43,7 +44,7 @@ IMAGES = T.StructType(
         T.StructField("label", T.StringType()),
         T.StructField("film", T.StringType()),
         T.StructField("content_id", T.StringType()),  # SHA-256 of content
-        T.StructField("content", T.BinaryType()),  # JPEG or PNG, upright RGB
+        T.StructField("content", T.BinaryType()),  # JPEG or PNG, RGB; upright once turned as its EXIF orientation says
     ]
 )
 FEATURES = T.StructType(
@@ -56,7 +57,7 @@ COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])  # a row o
 PRECISIONS = ("float32", "bfloat16")
 LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a feature
 PIXELS = {  # the values that `to_pixels` knows, by key of backbone.json's "pixels"; it makes any width and height
-    "orientation": ("upright",),  # as every image is after ingest
+    "orientation": ("upright",),  # turned as EXIF says
     "mode": ("RGB",),
     "fit": ("stretch",),
     "resampler": ("Pillow",),
@@ -76,8 +77,9 @@ def main(argv: list[str] | None = None) -> None:
     is_watched = SparkConf().get("spark.ui.showConsoleProgress") == "true"
     spark = (
         SparkSession.builder.appName("featurize")
-        # A batch of rows is a batch of the backbone: a worker's memory does not grow with the number of images.
+        # They bound a worker's memory, whatever the number and the size of the images. Spark 3 knows the first only.
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", args.batch_size)
+        .config("spark.sql.execution.arrow.maxBytesPerBatch", 64 * 2**20)
         .config("spark.sql.execution.arrow.pyspark.enabled", True)  # a graph of 100 MB is read in half the time
         .config("spark.sql.adaptive.enabled", False)  # it would merge tasks whose rows are small but dear
         .config("spark.ui.showConsoleProgress", False)  # `progress` says more
@@ -175,15 +177,19 @@ def forward(
         if "forward" not in network.value:
             network.value["forward"] = load(network.value["graph"], backbone, precision, n_threads, gpus)
             del network.value["graph"]
-        for batch in batches:
+        images = (
+            (content_id.as_py(), to_pixels(content.as_py(), wanted))
+            for batch in batches
+            for content_id, content in zip(batch["content_id"], batch["content"], strict=True)
+        )
+        while some := list(islice(images, batch_size)):
             pixels = np.zeros((batch_size, wanted["height"], wanted["width"], 3), np.uint8)
-            for i, content in enumerate(batch["content"]):
-                pixels[i] = to_pixels(content.as_py(), wanted)
-            features = network.value["forward"](pixels)[: len(batch)]
-            passes.add(len(batch))
-            offsets = np.arange(len(batch) + 1, dtype=np.int32) * features.shape[1]
+            pixels[: len(some)] = [each for _, each in some]
+            features = network.value["forward"](pixels)[: len(some)]
+            passes.add(len(some))
+            offsets = np.arange(len(some) + 1, dtype=np.int32) * features.shape[1]
             rows = pa.ListArray.from_arrays(offsets, features.ravel())
-            yield pa.RecordBatch.from_arrays([batch["content_id"], rows], names=COMPUTED.names)
+            yield pa.RecordBatch.from_arrays([pa.array([each for each, _ in some]), rows], names=COMPUTED.names)
 
     return images.mapInArrow(compute, COMPUTED)
 
@@ -221,6 +227,7 @@ def settings(precision: str, n_threads: int, gpus: Sequence[str]) -> Any:
 def to_pixels(content: bytes, wanted: dict[str, Any]) -> np.ndarray:
     """Make the pixels that backbone.json asks for, uint8 RGB of shape (height, width, 3): the whole image is stretched."""
     with Image.open(io.BytesIO(content)) as image:
+        ImageOps.exif_transpose(image, in_place=True)
         resampling = Image.Resampling[wanted["resampling"].upper()]
         return np.asarray(image.resize((wanted["width"], wanted["height"]), resampling))
 

@@ -17,13 +17,15 @@ import math
 import re
 import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps, UnidentifiedImageError
+import simplejpeg
+from PIL import BmpImagePlugin, Image, ImageFile, ImageOps, UnidentifiedImageError
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -41,7 +43,7 @@ IMAGES = T.StructType(
         T.StructField("height", T.IntegerType()),
         T.StructField("thumbnail", T.BinaryType()),  # 16 x 16 RGB pixels, row by row, 768 bytes
         T.StructField("content_id", T.StringType()),  # SHA-256 of content; image_id, unless ingest had to re-encode it
-        T.StructField("content", T.BinaryType()),  # JPEG or PNG, upright RGB
+        T.StructField("content", T.BinaryType()),  # JPEG or PNG, RGB; upright once turned as its EXIF orientation says
     ]
 )
 QUARANTINE = T.StructType(
@@ -58,12 +60,33 @@ FILES = "path string, length long, content binary"
 INSPECTED = T.StructType([*IMAGES.fields, *QUARANTINE.fields[2:]])  # reason is null where the file is an image
 ARROW_INSPECTED = to_arrow_schema(INSPECTED)
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*", b"RIFF")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
+FORMATS = {  # that are read, by Pillow's name: what a file of each starts with
+    "JPEG": rb"\xff\xd8\xff",
+    "PNG": rb"\x89PNG\r\n",
+    "WEBP": rb"RIFF.{4}WEBP",
+    "BMP": rb"BM",
+    "GIF": rb"GIF8",
+    "TIFF": rb"II[*+]\0|MM\0[*+]",
+    "AVIF": rb".{4}ftyp(.{4}){0,7}?avi[fs]",
+    "HEIF": rb".{4}ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)",
+}
+OTHERS = {  # that people deliver by mistake
+    rb"version https://git-lfs": "a Git LFS pointer: run `git lfs pull` where it came from",
+    rb"\s*<(!doctype html|html|\?xml)": "a web page or XML, perhaps a failed download",
+    rb"%PDF": "a PDF document",
+    rb"PK\x03\x04": "a ZIP archive, or a document that is one",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive",
+    rb".{4}ftypcrx |FUJIFILM|IIRO|IIU\0": "a raw photograph of a camera",
+    rb"RIFF.{4}WAVE|ID3|OggS|fLaC": "a sound (WAV, MP3, Ogg or FLAC)",
+    rb"RIFF.{4}AVI |.{4}ftyp|.{4}(moov|mdat)|\x1aE\xdf\xa3": "a video (AVI, MP4, QuickTime or Matroska)",
+    rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "a JPEG 2000",
+    rb"\0\0\0\x0cJXL |\xff\x0a": "a JPEG XL",
+    rb"8BPS": "a Photoshop document",
+}
 THUMBNAIL = (16, 16)
 ORIENTATION = 0x0112  # EXIF tag
-# What Pillow's decoders raise on damaged files.
+# What decoders raise on damaged files. A lack of memory is no fault of the file: it ends the task.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -72,16 +95,28 @@ DECODE_ERRORS = (
     ArithmeticError,
     LookupError,
     TypeError,
+    RuntimeError,
     struct.error,
-    MemoryError,
+    zlib.error,
 )
+# What they say if bytes are missing.
+SHORT = re.compile(
+    "truncat|broken data|create decoder|requires a buffer|incomplete|premature|corrupt jpeg|end of file|out of range"
+    "|not enough|not a|not defined|parsing failed|insufficient|too small|cannot read full|missing dimensions|no more images|data organization|outside of file|chunk b'(?!IHDR)",
+    re.IGNORECASE,
+)
+# A segment of a JPEG's header: its marker and its length.
+SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xda-\xfe])(..)", re.DOTALL)
+BATCH_BYTES = 64 * 2**20  # of files or images that travel to or from a worker at once, about
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     spark = (
         SparkSession.builder.appName("ingest")
-        .config("spark.sql.execution.arrow.maxRecordsPerBatch", 32)  # whole files: bounds a worker's memory
+        # Whole files: these bound a worker's memory. Spark 3 knows the first only, and Arrow takes no 2 GiB in one batch.
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", max(1, min(32, 1024 // args.max_file_mb)))
+        .config("spark.sql.execution.arrow.maxBytesPerBatch", BATCH_BYTES)
         # Photographs are small files: a task takes some 500, and folders are listed by the driver up to a thousand.
         .config("spark.sql.files.openCostInBytes", 256 * 2**10)
         .config("spark.sql.sources.parallelPartitionDiscovery.threshold", 1000)
@@ -171,7 +206,13 @@ def inspect_files(
         Image.MAX_IMAGE_PIXELS = None  # the limit is ours; Pillow's own only warns
         warnings.simplefilter("ignore")  # of metadata that is not as it should be; pixels are checked below
         for batch in batches:
-            rows = [inspect_file(**file) for file in batch.to_pylist()]
+            rows, n_bytes = [], 0
+            for i in range(len(batch)):
+                rows.append(inspect_file(**batch.slice(i, 1).to_pylist()[0]))
+                n_bytes += len(rows[-1].get("content", b""))
+                if n_bytes > BATCH_BYTES:
+                    yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
+                    rows, n_bytes = [], 0
             yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
 
     def inspect_file(path: str, length: int, content: bytes | None) -> dict[str, Any]:
@@ -186,6 +227,8 @@ def inspect_files(
             image, is_kept = decode(content, max_pixels)
         except Refused as refused:
             return row | {"reason": refused.reason, "detail": refused.detail}
+        except MemoryError as error:
+            raise MemoryError(f"{path} takes more memory than a worker has: lower max_pixels or use fewer cores") from error
         if not is_kept:
             content = to_png(image)
         return row | {
@@ -264,7 +307,7 @@ def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
 
     Returns
     -------
-    image of mode RGB; whether content can be kept: whether it is a JPEG or PNG that is upright RGB already
+    image of mode RGB; whether content can be kept: whether it is a JPEG or PNG that is RGB, upright or turned by EXIF
 
     Raises
     ------
@@ -274,22 +317,131 @@ def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
     if not content:
         raise Refused("empty", "0 bytes")
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except UnidentifiedImageError as error:
-        if content.startswith(SIGNATURES):
-            raise Refused("truncated", f"{len(content)} bytes, not even a header") from error
-        raise Refused("not_an_image", what_else(content)) from error
+        image = open_image(content)
+        if image.width * image.height > max_pixels:
+            raise Refused("too_many_pixels", f"{image.width} x {image.height}, more than {max_pixels:,} pixels")
+        is_kept = image.format in ("JPEG", "MPO", "PNG") and image.mode == "RGB" and not image.has_transparency_data
+        return to_rgb(ImageOps.exif_transpose(load(image, content))), is_kept
     except DECODE_ERRORS as error:
+        if "MAX_TEXT" in str(error):  # Pillow reads no PNG with more text; whoever opens what we keep shall not meet it
+            return decode(without_text(content), max_pixels)[0], False
         raise broken(error) from error
-    if image.width * image.height > max_pixels:
-        raise Refused("too_many_pixels", f"{image.width} x {image.height}, more than {max_pixels:,} pixels")
+
+
+def open_image(content: bytes) -> ImageFile.ImageFile:
+    """Read the header of an image, whose format its first bytes tell."""
+    format = next((name for name, start in FORMATS.items() if re.match(start, content, re.DOTALL)), None)
+    if format is None:
+        raise Refused("not_an_image", what_else(content))
+    if format == "HEIF":
+        import pi_heif  # seldom needed, and slow to import
+
+        pi_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
     try:
+        return Image.open(io.BytesIO(content), formats=[format])
+    except UnidentifiedImageError:
+        return Image.OPEN[format][0](io.BytesIO(content), "")  # fails too, and says why
+
+
+def load(image: ImageFile.ImageFile, content: bytes) -> Image.Image:
+    """Decode the pixels of an opened image, and see to what Pillow passes over or gets wrong."""
+    if image.format in ("JPEG", "MPO"):
+        return load_jpeg(image, content)
+    if image.format == "PNG" and "transparency" in image.info:
+        return load_png(image, content)
+    if image.format == "TIFF":
+        check_strips(image, content)
+    if image.info.get("compression") == BmpImagePlugin.BmpImageFile.COMPRESSIONS["RLE4"] and image.format == "BMP":
+        raise Refused("unreadable", "a BMP in RLE4, which Pillow gets wrong")
+    drawn = image.tile[0].extents if image.format == "GIF" else None
+    image.load()
+    if drawn in (None, (0, 0, *image.size)):
+        return image
+    canvas = Image.new("RGB", image.size, "white")  # a GIF's first frame may be smaller than the GIF; the rest is clear
+    canvas.paste(to_rgb(image).crop(drawn), drawn)
+    return canvas
+
+
+def load_jpeg(image: Image.Image, content: bytes) -> Image.Image:
+    """Decode a JPEG to the pixels that Pillow reads, but refuse it if libjpeg warns that some of them are wrong.
+
+    Pillow drops these warnings: a JPEG with a hole would be an image. These are harmless, so the file stays an image: bytes
+    after its end, bytes between the segments of its header, odd metadata, odd parameters of a scan. Bytes between a scan and
+    the end are not: most often the scan is damaged. Of 8 bytes or fewer libjpeg says nothing, nor of most bits that flipped.
+    Where the colours are stored with less detail in an odd ratio, only Pillow decodes.
+    """
+    colours = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}[image.mode]
+    try:
+        pixels = simplejpeg.decode_jpeg(content, colours)
+    except ValueError:
+        try:  # it stops at the first warning, which a harmless one may be
+            simplejpeg.decode_jpeg(without_metadata(content), colours)
+        except ValueError as error:
+            if not re.search("Invalid SOS parameters|determine subsampling", str(error)):
+                raise
         image.load()
-        rgb = to_rgb(ImageOps.exif_transpose(image))
-    except DECODE_ERRORS as error:
-        raise broken(error) from error
-    as_it_is = image.format in ("JPEG", "PNG") and image.mode == "RGB" and not image.has_transparency_data
-    return rgb, as_it_is and image.getexif().get(ORIENTATION, 1) == 1
+        return image
+    if image.mode == "CMYK":  # whose inks Pillow inverts
+        image.load()
+        return image
+    decoded = Image.fromarray(pixels.squeeze(2) if image.mode == "L" else pixels)
+    decoded.info = image.info
+    return decoded
+
+
+def without_metadata(content: bytes) -> bytes:
+    """Leave out of a JPEG's header what does not change a scan, and bytes that belong to no segment."""
+    kept, segment = [content[:2]], SEGMENT.search(content, 2)
+    while segment and segment[1] != b"\xda":
+        end = segment.start() + 2 + int.from_bytes(segment[2])
+        if segment[1] < b"\xe0":
+            kept.append(content[segment.start() : end])
+        segment = SEGMENT.search(content, end)
+    return b"".join([*kept, content[segment.start() :]]) if segment else content
+
+
+def load_png(image: ImageFile.ImageFile, content: bytes) -> Image.Image:
+    """Decode a PNG one of whose colours is clear, which Pillow compares with pixels that it has scaled to 8 bits already."""
+    clear, stored = image.info["transparency"], image.tile[0].args
+    if stored in ("L;2", "L;4"):
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[stored]
+    if stored != "RGB;16B":
+        image.load()
+        return image
+    lower = Image.open(io.BytesIO(content), formats=["PNG"])
+    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # of each 16 bits, the 8 that "RGB;16B" leaves out
+    pixels = np.array(image)
+    pixels[(pixels * np.uint16(256) + np.asarray(lower) == clear).all(axis=2)] = 255
+    return Image.fromarray(pixels)
+
+
+def check_strips(image: Any, content: bytes) -> None:
+    """Decode the parts of a TIFF that are whole files of Deflate or JPEG; libtiff passes over the errors in these."""
+    tags = image.tag_v2
+    starts, lengths = (tags.get(strips, tags.get(tiles, ())) for strips, tiles in ((273, 324), (279, 325)))
+    for start, length in zip(starts, lengths, strict=True):
+        part = content[start : start + length]
+        if tags.get(259) in (8, 32946):
+            stream = zlib.decompressobj()
+            while part:
+                stream.decompress(part, 2**20)
+                part = stream.unconsumed_tail
+            if not stream.eof:
+                raise EOFError("incomplete Deflate stream")
+        elif tags.get(259) == 7:
+            tables = tags.get(347, b"\xff\xd8\xff\xd9")
+            simplejpeg.decode_jpeg(tables[:-2] + part[2:], "CMYK" if tags.get(277) == 4 else "RGB")
+
+
+def without_text(content: bytes) -> bytes:
+    """Leave out of a PNG its texts and its colour profile."""
+    kept, start = [content[:8]], 8
+    while start < len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4])
+        if content[start + 4 : start + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(content[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def to_png(image: Image.Image) -> bytes:
@@ -301,7 +453,8 @@ def to_png(image: Image.Image) -> bytes:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image to mode RGB: 16 bits scaled to 8, transparency over white as a viewer shows it."""
     if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        image = Image.fromarray(np.where(values == image.info.get("transparency"), 255, values >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise Refused("unreadable", f"mode {image.mode}: the range of its pixels is not known")
     if image.has_transparency_data:
@@ -312,17 +465,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def broken(error: Exception) -> Refused:
     # libwebp says no more than that it could not create a decoder.
-    is_short = isinstance(error, EOFError) or re.search("truncat|broken data|create decoder", str(error), re.I)
+    is_short = isinstance(error, EOFError) or SHORT.search(str(error))
     return Refused("truncated" if is_short else "unreadable", f"{type(error).__name__}: {error}")
 
 
 def what_else(content: bytes) -> str:
     """Say what a file that is no image seems to be."""
-    start = content[:200].lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer: run `git lfs pull` where it came from"
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
-        return "a web page or XML, perhaps a failed download"
+    for start, name in OTHERS.items():
+        if re.match(start, content, re.DOTALL | re.IGNORECASE):
+            return name
     return f"starts with {content[:16]!r}"
 
 

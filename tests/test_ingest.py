@@ -1,6 +1,7 @@
 """Facts about stages/ingest.py: what becomes an image, what is refused and why, and that no file vanishes."""
 
 import argparse
+import base64
 import hashlib
 import io
 import struct
@@ -12,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+import tifffile
+from PIL import Image, ImageOps, PngImagePlugin
 from pyspark.sql import Row, SparkSession
 
 from bootstrap import parameters
@@ -45,7 +47,20 @@ KINDS: dict[str, dict[str, object]] = {
     "tiff": {"format": "TIFF"},
     "lzw_tiff": {"format": "TIFF", "compression": "tiff_lzw"},
     "deflate_tiff": {"format": "TIFF", "compression": "tiff_adobe_deflate"},
+    "jpeg_tiff": {"format": "TIFF", "compression": "jpeg"},
+    "avif": {"format": "AVIF"},
 }
+# Four fields of 32 x 24 pixels, of these colours from top left to bottom right, as a phone's encoder (x265) writes them.
+HEIC = base64.b64decode(
+    "AAAAHGZ0eXBoZWljAAAAAG1pZjFoZWljbWlhZgAAAX1tZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAAAAAAACJpbG9jAAAAAERA"
+    "AAEAAQAAAAABoQABAAAAAAAAALUAAAAjaWluZgAAAAAAAQAAABVpbmZlAgAAAAABAABodmMxAAAAAA5waXRtAAAAAAABAAAA/WlwcnAAAADdaXBjbwAA"
+    "AHZodmNDAQNwAAAAkAAAAAAAHvAA/P34+AAADwNgAAEAGEABDAH//wNwAAADAJAAAAMAAAMAHroCQGEAAQAqQgEBA3AAAAMAkAAAAwAAAwAeoCCBBZbq"
+    "5Ka5uAhoMCAAAAMDIAAAAwAhYgABAAZEAcFzwIkAAAATY29scm5jbHgAAQANAAaAAAAAFGlzcGUAAAAAAAAAQAAAAEAAAAAoY2xhcAAAAEAAAAABAAAA"
+    "MAAAAAEAAAAAAAAAAv////AAAAACAAAAEHBpeGkAAAAAAwgICAAAABhpcG1hAAAAAAAAAAEAAQWBAgMFhAAAAL1tZGF0AAAAsSgBrwngITip//M8b/78"
+    "nZe0xyeVp79Y//xnz7yr7/4b23R+jxPMPTC/8uj/56T62RkjC//g5ZfDNizW+AGdF113oE9BiiD3waNp70kpPtgufAzRNwEimieHKwBGbX3w1P71035c"
+    "H+NvkpxEAjbAIza++Gp/eum/Lg/xtbRcbQjlqzaXOZRQi6WMSB+gnNaN247dyvxiWzahhFV4tB3zmoJYw7+apr4ZgyXhlTvct/+ZTA=="
+)
+FIELDS = np.array([[(200, 30, 30), (30, 180, 40)], [(20, 40, 200), (230, 220, 60)]])
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 
 
@@ -71,6 +86,13 @@ def png_without_pixels(width: int, height: int) -> bytes:
     """A 1-bit PNG that is said to be of that size and ends before its first pixel."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\x10\0IDAT"
+
+
+def png(**chunks: bytes) -> bytes:
+    """A PNG of these chunks and an end."""
+    parts = [(name.encode(), data) for name, data in chunks.items()] + [(b"IEND", b"")]
+    whole = (struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(whole)
 
 
 def decode(content: bytes) -> tuple[np.ndarray, bytes]:
@@ -177,10 +199,102 @@ def test_a_half_transparent_pixel_is_mixed_with_white() -> None:
     np.testing.assert_allclose(pixels[0, 0], mixed, atol=1)  # of 255: the mix is rounded to whole numbers
 
 
-def test_pixels_of_unknown_range_are_refused() -> None:
-    reason, detail = refusal(encode(Image.new("F", (4, 4), 0.5), "TIFF"))
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_pixels_of_unknown_range_are_refused(mode: str) -> None:
+    reason, detail = refusal(encode(Image.new(mode, (4, 4), 1), "TIFF"))
     assert reason == "unreadable"
     assert "range" in detail
+
+
+@pytest.mark.parametrize("colour_type", ["grey", "rgb"])
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_clear_colour_of_a_png_is_compared_with_what_is_stored(depth: int, colour_type: str) -> None:
+    if colour_type == "rgb" and depth < 8:
+        pytest.skip("there is no such PNG")
+    most = 2**depth - 1
+    levels = np.array([1, 0, most, 256 * (depth == 16)])  # the clear one, and others of which one has its upper byte
+    samples = np.repeat(levels, 3 if colour_type == "rgb" else 1)
+    bits = "".join(format(each, f"0{depth}b") for each in samples).ljust(8, "0")
+    row = int(bits, 2).to_bytes(len(bits) // 8)
+    header = struct.pack(">IIBBBBB", 4, 1, depth, 2 if colour_type == "rgb" else 0, 0, 0, 0)
+    clear = struct.pack(">H", 1) * (3 if colour_type == "rgb" else 1)
+    pixels, _ = decode(png(IHDR=header, tRNS=clear, IDAT=zlib.compress(b"\0" + row)))
+    shown = np.where(levels == 1, 255, levels // 256 if depth == 16 else levels * 255 // most)
+    np.testing.assert_array_equal(pixels[0], np.stack([shown] * 3, axis=-1))
+
+
+def test_what_the_first_frame_of_a_gif_leaves_uncovered_is_white() -> None:
+    frame = encode(Image.new("RGB", (4, 3), "red"), "GIF")
+    assert frame[6:10] == struct.pack("<HH", 4, 3)
+    pixels, _ = decode(frame[:6] + struct.pack("<HH", 9, 7) + frame[10:])  # a larger canvas
+    expected = Image.new("RGB", (9, 7), "white")
+    expected.paste("red", (0, 0, 4, 3))
+    np.testing.assert_array_equal(pixels, np.asarray(expected))
+
+
+def bmp(compression: int, bits: int, runs: bytes) -> bytes:
+    """A BMP of 5 x 2 pixels in run-length encoding; index i is the grey i."""
+    palette = b"".join(bytes([i, i, i, 0]) for i in range(2**bits))
+    start = 54 + len(palette)
+    header = struct.pack("<2sIHHI", b"BM", start + len(runs), 0, 0, start)
+    return header + struct.pack("<IiiHHIIiiII", 40, 5, 2, 1, bits, compression, len(runs), 1, 1, 0, 0) + palette + runs
+
+
+def test_a_bmp_in_rle8_has_the_pixels_that_its_runs_say() -> None:
+    runs = bytes([3, 7, 2, 9, 0, 0])  # the lower row: three of 7, two of 9
+    runs += bytes([0, 3, 1, 2, 3, 0, 2, 4, 0, 1])  # the upper: 1, 2, 3 as they are, padded; two of 4
+    pixels, _ = decode(bmp(1, 8, runs))
+    np.testing.assert_array_equal(pixels[..., 0], [[1, 2, 3, 4, 4], [7, 7, 7, 9, 9]])
+
+
+def test_a_bmp_in_rle4_is_refused() -> None:
+    reason, detail = refusal(bmp(2, 4, bytes([5, 0x12, 0, 0, 5, 0x34, 0, 1])))
+    assert reason == "unreadable"
+    assert "RLE4" in detail
+
+
+# HEIC
+
+
+def with_box(box: bytes) -> bytes:
+    """HEIC with one property more of its image, which is the last one to be applied."""
+    n = len(box)
+    sizes = {name: HEIC.index(name) - 4 for name in (b"meta", b"iprp", b"ipco", b"ipma")}
+    offset, more = HEIC.index(b"iloc") + 22, {b"meta": n + 1, b"iprp": n + 1, b"ipco": n, b"ipma": 1}
+    changed = bytearray(HEIC)
+    for name, start in sizes.items():
+        struct.pack_into(">I", changed, start, struct.unpack_from(">I", HEIC, start)[0] + more[name])
+    struct.pack_into(">I", changed, offset, struct.unpack_from(">I", HEIC, offset)[0] + n + 1)  # where the pixels are
+    n_before = sizes[b"ipma"] + 18
+    changed[n_before] += 1
+    end = n_before + 1 + HEIC[n_before]
+    changed[end:end] = bytes([0x80 | changed[n_before]])
+    changed[sizes[b"ipma"] : sizes[b"ipma"]] = box
+    return bytes(changed)
+
+
+def fields(content: bytes) -> np.ndarray:
+    """The colour in the middle of each quarter of an image."""
+    pixels, _ = decode(content)
+    height, width, _ = pixels.shape
+    return pixels[height // 4 :: height // 2, width // 4 :: width // 2]
+
+
+def test_a_heic_has_the_colours_that_were_encoded() -> None:
+    np.testing.assert_allclose(fields(HEIC), FIELDS, atol=8)  # of 255: it is compressed
+    assert decode(HEIC)[0].shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_heic_is_turned_as_it_says(quarters: int) -> None:
+    turned = with_box(b"\0\0\0\x09irot" + bytes([quarters]))  # anticlockwise
+    np.testing.assert_allclose(fields(turned), np.rot90(FIELDS, quarters), atol=8)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_heic_is_mirrored_as_it_says(axis: int) -> None:
+    mirrored = with_box(b"\0\0\0\x09imir" + bytes([axis]))  # 0: top and bottom change places
+    np.testing.assert_allclose(fields(mirrored), np.flip(FIELDS, axis), atol=8)
 
 
 # Orientation. Where the first row and the first column of the file belong: EXIF 2.3, tag 274.
@@ -205,10 +319,17 @@ def test_images_are_turned_as_exif_says(orientation: int, format: str, image_byt
     np.testing.assert_array_equal(pixels, UPRIGHT[orientation](stored))
 
 
-def test_a_turned_image_is_kept_upright_so_that_nobody_turns_it_again(image_bytes: ImageBytes) -> None:
-    pixels, kept = decode(image_bytes("JPEG", exif=with_orientation(6)))
-    np.testing.assert_array_equal(np.asarray(read(kept)), pixels)
-    assert ORIENTATION not in read(kept).getexif()
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_what_is_kept_of_a_turned_image_is_upright_once_exif_is_followed(format: str, image_bytes: ImageBytes) -> None:
+    pixels, kept = decode(image_bytes(format, exif=with_orientation(6)))
+    np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(read(kept))), pixels)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_an_avif_is_turned_as_it_says(orientation: int) -> None:
+    image = Image.fromarray(np.repeat(np.repeat(FIELDS, 24, axis=0), 32, axis=1).astype(np.uint8))
+    turned = encode(image, "AVIF", exif=with_orientation(orientation), quality=90)
+    np.testing.assert_allclose(fields(turned), UPRIGHT[orientation](FIELDS), atol=8)  # of 255: it is compressed
 
 
 # What is kept
@@ -216,10 +337,14 @@ def test_a_turned_image_is_kept_upright_so_that_nobody_turns_it_again(image_byte
 
 @pytest.mark.parametrize(
     "kind",
-    [KINDS["jpeg"], KINDS["progressive_jpeg"], KINDS["png"], {"format": "JPEG", "exif": with_orientation(1)}],
-    ids=["jpeg", "progressive_jpeg", "png", "jpeg_marked_upright"],
+    [
+        *(KINDS[name] for name in ("jpeg", "progressive_jpeg", "png")),
+        *({"format": format, "exif": with_orientation(value)} for format in ("JPEG", "PNG") for value in (1, 6)),
+        {"format": "MPO"},
+    ],
+    ids=["jpeg", "progressive_jpeg", "png", "jpeg_marked_upright", "turned_jpeg", "png_marked_upright", "turned_png", "mpo"],
 )
-def test_an_upright_rgb_jpeg_or_png_is_kept_byte_for_byte(kind: dict[str, object], image_bytes: ImageBytes) -> None:
+def test_an_rgb_jpeg_or_png_is_kept_byte_for_byte(kind: dict[str, object], image_bytes: ImageBytes) -> None:
     content = image_bytes(**kind)
     assert decode(content)[1] == content
 
@@ -231,7 +356,7 @@ def test_an_upright_rgb_jpeg_or_png_is_kept_byte_for_byte(kind: dict[str, object
         *({"format": "JPEG", "mode": mode} for mode in ("L", "CMYK")),
         *({"format": "PNG", "mode": mode} for mode in ("1", "L", "LA", "P", "RGBA", "I;16")),
         {"format": "PNG", "transparency": (1, 2, 3)},
-        {"format": "JPEG", "exif": with_orientation(3)},
+        {"format": "PNG", "icc_profile": bytes(2**21)},
     ],
     ids=lambda kind: "-".join(
         [kind["format"], kind.get("mode", "RGB"), *[key for key in kind if key not in ("format", "mode")]]
@@ -302,15 +427,149 @@ def test_a_file_without_bytes_is_empty() -> None:
         (b"\n <!DOCTYPE html>\n<html><body>404 Not Found</body></html>", "web page"),
         (b"<HTML><head></head></HTML>", "web page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "XML"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "ftypheic"),
-        (b"%PDF-1.4\n%", "%PDF"),
+        (b"%PDF-1.4\n%", "PDF"),
+        (b"PK\3\4\x14\0\0\0", "ZIP"),
+        (b"\x1f\x8b\x08\0", "archive"),
+        (b"RIFF$\0\0\0WAVEfmt ", "WAV"),
+        (b"RIFF$\0\0\0AVI LIST", "video"),
+        (b"\0\0\0\x18ftypmp42\0\0\0\0", "MP4"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1", "raw photograph"),
     ],
-    ids=["text", "git_lfs_pointer", "html", "html_in_capitals", "xml", "heic", "pdf"],
+    ids=[
+        *("text", "git_lfs_pointer", "html", "html_in_capitals", "xml", "pdf", "zip", "gzip", "wav", "avi", "mp4"),
+        *("jpeg_2000", "raw"),
+    ],
 )
 def test_what_is_not_an_image_is_refused_and_said_to_be_what_it_is(content: bytes, telling: str) -> None:
     reason, detail = refusal(content)
     assert reason == "not_an_image"
     assert telling in detail
+
+
+@pytest.mark.parametrize("kind", ["float32", "five_bands"])
+def test_a_tiff_of_a_kind_that_is_not_read_is_said_to_be_one(kind: str) -> None:
+    pixels = np.zeros((4, 4, 3), np.float32) if kind == "float32" else np.zeros((4, 4, 5), np.uint8)
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="rgb" if kind == "float32" else "minisblack", planarconfig="contig")
+    assert refusal(file.getvalue()) == ("unreadable", "SyntaxError: unknown pixel mode")
+
+
+def test_a_png_whose_header_has_a_bad_checksum_is_said_to_have_one(image_bytes: ImageBytes) -> None:
+    content = image_bytes("PNG")
+    reason, detail = refusal(content[:29] + bytes(4) + content[33:])
+    assert reason == "unreadable"
+    assert "checksum" in detail
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch, image_bytes: ImageBytes) -> None:
+    def run_out(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ingest, "to_rgb", run_out)
+    with pytest.raises(MemoryError):
+        decode(image_bytes())
+
+
+# What libjpeg warns of
+
+
+@pytest.fixture(scope="module")
+def photograph() -> bytes:
+    """A JPEG that is larger than what libjpeg does not notice."""
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    return encode(Image.fromarray(pixels), "JPEG", quality=75)
+
+
+def segment(marker: int, data: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def with_segment(jpeg: bytes, data: bytes) -> bytes:
+    """A JPEG with these bytes after its first segment."""
+    end = 4 + struct.unpack(">H", jpeg[4:6])[0]
+    return jpeg[:end] + data + jpeg[end:]
+
+
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("damage", ["hole", "zeros", "half"])
+def test_a_jpeg_of_which_a_part_is_missing_but_not_its_end_is_truncated(damage: str, progressive: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    content = encode(Image.fromarray(pixels), "JPEG", progressive=progressive)
+    middle, end = len(content) // 2, content[-2:]
+    damaged = {
+        "hole": content[: middle - 500] + content[middle:],
+        "zeros": content[: middle - 500] + bytes(500) + content[middle:],
+        "half": content[:middle] + end,
+    }[damage]
+    read(damaged)  # as an image, without a word
+    assert refusal(damaged)[0] == "truncated"
+
+
+def test_a_jpeg_of_which_restart_intervals_are_zeros_is_truncated() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+    content = encode(Image.fromarray(pixels), "JPEG", restart_marker_blocks=8)
+    start, end = content.index(b"\xff\xd1") + 2, content.index(b"\xff\xd2")
+    assert refusal(content[:start] + bytes(end - start) + content[end:])[0] == "truncated"
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        lambda jpeg: jpeg + b"bytes after the end",
+        lambda jpeg: jpeg + jpeg,
+        lambda jpeg: with_segment(jpeg, bytes(5)),
+        lambda jpeg: with_segment(jpeg, segment(0xE2, b"ICC_PROFILE\0\2\3profile")),
+        lambda jpeg: jpeg.replace(b"JFIF\0\1\1", b"JFIF\0\2\1"),
+        lambda jpeg: jpeg.replace(b"\0\x3f\0", b"\0\0\0"),
+    ],
+    ids=["after_the_end", "twice", "between_segments", "bad_profile", "other_revision", "odd_scan"],
+)
+def test_a_jpeg_whose_pixels_are_all_there_stays_an_image(harmless: Callable[[bytes], bytes], photograph: bytes) -> None:
+    content = harmless(photograph)
+    assert content != photograph
+    pixels, kept = decode(content)
+    np.testing.assert_array_equal(pixels, np.asarray(read(photograph)))
+    assert kept == content
+
+
+def test_a_harmless_warning_does_not_hide_another(photograph: bytes) -> None:
+    assert refusal(with_segment(photograph[:3000] + photograph[-2:], bytes(5)))[0] == "truncated"
+
+
+def test_bytes_between_the_scan_and_the_end_are_damage(photograph: bytes) -> None:
+    assert refusal(photograph[:-2] + bytes(range(1, 99)) + photograph[-2:])[0] == "truncated"
+
+
+def test_a_jpeg_of_odd_subsampling_is_an_image() -> None:
+    grey = encode(Image.new("RGB", (24, 8), (128, 128, 128)), "JPEG", subsampling="4:4:4")
+    start = grey.index(b"\xff\xda") + 14
+    frame = grey.index(b"\xff\xc0") + 11  # three blocks of Y, each no more than a mean of 0; one of Cb, one of Cr
+    scan = int("001010" * 3 + "0000" * 2 + "1" * 6, 2).to_bytes(4)
+    content = grey[:frame] + b"\x31" + grey[frame + 1 : start] + scan + b"\xff\xd9"
+    np.testing.assert_array_equal(decode(content)[0], np.full((8, 24, 3), 128))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+def test_a_jpeg_has_the_pixels_that_pillow_reads(mode: str, subsampling: str, progressive: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (47, 83, 3), np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    content = encode(image, "JPEG", subsampling=subsampling, progressive=progressive)
+    np.testing.assert_array_equal(decode(content)[0], np.asarray(read(content).convert("RGB")))
+
+
+# PNG with much metadata
+
+
+@pytest.mark.parametrize("key", ["Comment", "XML:com.adobe.xmp"])
+def test_a_png_may_have_much_text(key: str, image_bytes: ImageBytes) -> None:
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(key, "fruit " * 400_000, zip=True)
+    pixels, kept = decode(image_bytes("PNG", pnginfo=text))
+    np.testing.assert_array_equal(pixels, np.asarray(read(image_bytes("PNG"))))
+    np.testing.assert_array_equal(np.asarray(read(kept)), pixels)
 
 
 def test_an_image_may_have_max_pixels_but_not_one_more(image_bytes: ImageBytes) -> None:
@@ -480,10 +739,11 @@ def test_content_id_is_the_sha256_of_the_content(delivery: Delivery) -> None:
         assert row.content_id == hashlib.sha256(row.content).hexdigest()
 
 
-def test_content_is_an_upright_rgb_image_of_that_width_and_height(delivery: Delivery) -> None:
+def test_content_is_an_rgb_image_of_that_width_and_height_once_exif_is_followed(delivery: Delivery) -> None:
     for row in delivery.images():
-        image = read(row.content)
-        assert (image.format in ("JPEG", "PNG"), image.mode, image.size) == (True, "RGB", (row.width, row.height))
+        stored = read(row.content)
+        image = ImageOps.exif_transpose(stored)
+        assert (stored.format in ("JPEG", "PNG"), image.mode, image.size) == (True, "RGB", (row.width, row.height))
 
 
 def test_width_and_height_are_those_of_the_upright_image(delivery: Delivery) -> None:
@@ -494,7 +754,7 @@ def test_width_and_height_are_those_of_the_upright_image(delivery: Delivery) -> 
 
 def test_the_thumbnail_is_pillows_average_over_boxes(delivery: Delivery) -> None:
     for row in delivery.images():
-        assert row.thumbnail == read(row.content).resize((16, 16), Image.Resampling.BOX).tobytes()
+        assert row.thumbnail == ImageOps.exif_transpose(read(row.content)).resize((16, 16), Image.Resampling.BOX).tobytes()
 
 
 def test_the_same_bytes_keep_a_row_for_each_file(delivery: Delivery) -> None:

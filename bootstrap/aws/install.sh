@@ -24,4 +24,4 @@ sudo "$target/venv/bin/python" -m pip --isolated install --quiet --disable-pip-v
 
 # Any user who runs a stage must be able to read it. A package that cannot be imported fails here, not in a task.
 sudo chmod -R a+rX "$target"
-"$target/venv/bin/python" -c "import ${FRUITS_IMPORTS:-numpy, pandas, PIL, pyarrow, tensorflow, threadpoolctl}"
+"$target/venv/bin/python" -c "import ${FRUITS_IMPORTS:-numpy, pandas, pi_heif, PIL, pyarrow, simplejpeg, tensorflow, threadpoolctl}"

@@ -29,7 +29,7 @@ from bootstrap.aws import cloud, residency
 ROOT = Path(__file__).resolve().parent.parent.parent
 INSTALL = Path(__file__).with_name("install.sh")
 # What the stages on Spark import.
-IMPORTED = ("numpy", "pandas", "pillow", "pyarrow", "tensorflow-cpu", "threadpoolctl")
+IMPORTED = ("numpy", "pandas", "pi-heif", "pillow", "pyarrow", "simplejpeg", "tensorflow-cpu", "threadpoolctl")
 PYTHON = "3.11"  # which all the releases have
 # Amazon Linux 2023 has glibc 2.34, and runs what was built for an older one. pip wants the name of each older one.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)] + ["manylinux2014_x86_64", "manylinux2010_x86_64"]
