@@ -499,8 +499,8 @@ def say_labels(folders: list[tuple[str, str, int]], label_depth: int) -> list[st
     lines += [f"warning: the label {label!r} starts or ends with a blank" for label in images if label != label.strip()]
     several = {label: above for label, above in parents.items() if len(above) > 1}
     if several:
-        label, above = next(iter(several.items()))
-        named = ", ".join(f"{name or '.'} {n:,}" for name, n in sorted(above.items())[:EXAMPLES])
+        label, folders_above = next(iter(several.items()))
+        named = ", ".join(f"{name or '.'} {n:,}" for name, n in sorted(folders_above.items())[:EXAMPLES])
         lines.append(
             f"note: {len(several):,} of {len(images):,} labels lie below several folders, such as {label!r} ({named}). "
             f"If these are different things, ingest.label_depth={label_depth + 1} in params.yaml tells them apart."
