@@ -58,7 +58,7 @@ def flags(section: Mapping[str, Any]) -> list[str]:
     """Convert a section of params.yaml to flags, as DVC does for ${section} in dvc.yaml."""
     words = []
     for key, value in section.items():
-        if value is not False:
+        if value is not False and value != []:
             words += [f"--{key}", *map(str, value if isinstance(value, list) else [] if value is True else [value])]
     return words
 

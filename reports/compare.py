@@ -255,6 +255,11 @@ def compare_ingested(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:
         yield False, f"other content: {n_other:,} of {n_shared(rows):,}"
     refused = join(a, b, f"{path}/quarantine", ["label", "reason"], keys=["path"])
     yield from ((is_more, f"quarantine: {text}") for is_more, text in compare_rows(a, b, refused, ["label", "reason"]))
+    if without := [run.name for run in (a, b) if not any("/ignored/" in name for name in find(run, path))]:
+        yield False, f"ignored: no table in {' and '.join(without)}, as in version 0.1.0"
+    else:
+        ignored = join(a, b, f"{path}/ignored", ["reason", "kind"], keys=["path"])
+        yield from ((is_more, f"ignored: {text}") for is_more, text in compare_rows(a, b, ignored, ["reason", "kind"]))
 
 
 def compare_features(a: Run, b: Run, path: str, _: float) -> Iterator[Finding]:

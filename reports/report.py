@@ -57,6 +57,7 @@ METRICS = (
     ("images.labels", "{:,}", "labels, which are the folders"),
     ("images.groups", "{:,}", "groups of nearly equal photographs, such as the frames of one film"),
     ("images.quarantined", "{:,}", "files that were refused; they are listed below with the reason"),
+    ("images.ignored", "{:,}", "other files: hidden, no photographs, or left out by parameters of ingest"),
     ("images.duplicates", "{:,}", "photographs whose content another one has; they cost no second pass of the network"),
     ("images.label_conflicts", "{:,}", "photographs that lie under two labels: one of the two is wrong"),
     ("variance.components", "{:,}", "k, the components that are kept of each feature vector"),

@@ -2,7 +2,7 @@
 
 usage: python -m stages.evaluate INGESTED FEATURES SPLIT COVARIANCE BASELINE REDUCED OUTPUT --curve 2 4 8 16 --max_loss 0.02
 
-reads   INGESTED/quarantine, FEATURES, SPLIT, COVARIANCE, BASELINE, REDUCED
+reads   INGESTED/quarantine, INGESTED/ignored, FEATURES, SPLIT, COVARIANCE, BASELINE, REDUCED
 writes  OUTPUT/metrics.json     counts, explained variance, accuracies
         OUTPUT/summary.txt      the same for people
         OUTPUT/spectrum.csv     component, explained_variance_ratio, cumulative_explained_variance_ratio
@@ -259,13 +259,18 @@ def read_points(reduced: str, n_images: int) -> pd.DataFrame:
     return points[["path", "label", "component_1", "component_2"]]
 
 
-def count_images(images: pd.DataFrame, ingested: str) -> dict[str, int]:
+def count_images(images: pd.DataFrame, ingested: str) -> dict[str, float]:
     n_labels = images.groupby("image_id")["label"].nunique()
+    n_quarantined = ds.dataset(f"{ingested}/quarantine", format="parquet").count_rows()
+    ignored = ds.dataset(f"{ingested}/ignored", format="parquet")
+    n_taken = len(images) + n_quarantined
     return {
         "images": len(images),
         "labels": images["label"].nunique(),
         "groups": images["group"].nunique(),
-        "quarantined": ds.dataset(f"{ingested}/quarantine", format="parquet").count_rows(),
+        "quarantined": n_quarantined,
+        "ignored": ignored.count_rows(),
+        "share": rounded(n_taken / (n_taken + ignored.count_rows(filter=pc.field("reason") == "not_in_share"))),
         "duplicates": len(images) - len(n_labels),
         "label_conflicts": int((n_labels > 1).sum()),
     }
@@ -285,6 +290,8 @@ def say_images(metrics: dict[str, Any]) -> list[str]:
     return [
         f"{images['images']:,} images of {images['labels']:,} labels ({images['quarantined']:,} files quarantined, "
         f"{images['duplicates']:,} duplicates, {images['label_conflicts']:,} of them under two labels)",
+        *([f"{images['ignored']:,} other files are ignored; data/ingested/ignored tells why"] if images["ignored"] else []),
+        *([f"This is a first look: {images['share']:.2%} of the files (ingest.share)"] if images["share"] < 1 else []),
         f"{kept['components']:,} components keep {kept['explained']:.1%} of the variance "
         f"(80 %: {kept['k80']:,}, 90 %: {kept['k90']:,}, 95 %: {kept['k95']:,}, 99 %: {kept['k99']:,})",
         "",

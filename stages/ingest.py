@@ -4,30 +4,34 @@ usage: ingest.py SOURCE OUTPUT --group_pattern REGEX --max_pixels N ...
 
 reads   SOURCE             any tree of images; the folder that holds a file is its label
 writes  OUTPUT/images      IMAGES, sorted by image_id and path within a file
-        OUTPUT/quarantine  QUARANTINE, one row for each file that was refused
+        OUTPUT/quarantine  QUARANTINE, one row for each file that should be an image and was refused
+        OUTPUT/ignored     IGNORED, one row for each other file
 
-Nothing vanishes: files in = rows of images + rows of quarantine. Only names that start with `.` or `_` and names
-without an image's extension are passed over; they are counted and said.
+Nothing vanishes: files below SOURCE = rows of images + rows of quarantine + rows of ignored. What a file is, its content
+tells, whatever its name. Its name decides only whether it is hidden, left out, or refused rather than ignored.
 """
 
 import argparse
+import fnmatch
 import hashlib
 import io
 import math
+import os
 import re
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import simplejpeg
 from PIL import BmpImagePlugin, Image, ImageFile, ImageOps, UnidentifiedImageError
 from pyspark import StorageLevel
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from pyspark.sql.pandas.types import to_arrow_schema
@@ -37,7 +41,7 @@ IMAGES = T.StructType(
     [
         T.StructField("image_id", T.StringType()),  # SHA-256 of the file's bytes, hexadecimal
         T.StructField("path", T.StringType()),  # relative to SOURCE
-        T.StructField("label", T.StringType()),  # name of the folder that holds the file
+        T.StructField("label", T.StringType()),  # the last label_depth folders of path, as Unicode's form NFC
         T.StructField("film", T.StringType()),  # of which it is a frame, by its name; null where that says nothing
         T.StructField("width", T.IntegerType()),  # pixels, upright
         T.StructField("height", T.IntegerType()),
@@ -55,12 +59,47 @@ QUARANTINE = T.StructType(
         T.StructField("detail", T.StringType()),
     ]
 )
-REASONS = ("empty", "not_an_image", "too_large", "too_many_pixels", "truncated", "unreadable")
-FILES = "path string, length long, content binary"
-INSPECTED = T.StructType([*IMAGES.fields, *QUARANTINE.fields[2:]])  # reason is null where the file is an image
+IGNORED = T.StructType(
+    [
+        T.StructField("path", T.StringType()),
+        T.StructField("length", T.LongType()),  # bytes
+        T.StructField("reason", T.StringType()),  # one of PASSED_OVER
+        T.StructField("kind", T.StringType()),  # what it is; of left_out, the pattern
+    ]
+)
+REASONS = (
+    "empty",
+    "no_label",
+    "not_an_image",
+    "too_large",
+    "too_many_pixels",
+    "too_small",
+    "truncated",
+    "unreadable",
+)
+PASSED_OVER = ("hidden", "left_out", "no_image", "not_in_share")
+# path is in bytes, as a file system has it: it need not be UTF-8. content is null where a task opens the file itself.
+FILES = T.StructType(
+    [
+        T.StructField("path", T.BinaryType()),
+        T.StructField("length", T.LongType()),
+        T.StructField("content", T.BinaryType()),
+    ]
+)
+# reason is null where the file is an image; where it is no_image, detail is the kind.
+INSPECTED = T.StructType([*IMAGES.fields, *QUARANTINE.fields[2:]])
 ARROW_INSPECTED = to_arrow_schema(INSPECTED)
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
+# Names that claim to be an image.
+EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
+# A camera's raw file looks like a TIFF, which would be its small preview.
+RAW = ("arw", "cr2", "cr3", "dng", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "srw")
+# What operating systems and network disks leave, besides names that start with a dot.
+SYSTEM = ("$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "system volume information", "thumbs.db")
+SUBSETS = re.compile("train(ing)?|tests?|testing|val|valid|validation|dev|eval", re.I)  # folders that tell no labels apart
+EXAMPLES = 10  # of files or labels that are named on screen
+TASK_BYTES = 128 * 2**20  # of files in a task
+OPEN_BYTES = 256 * 2**10  # that to open a file costs: a task has some 500 small files
 FORMATS = {  # that are read, by Pillow's name: what a file of each starts with
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n",
@@ -102,12 +141,22 @@ DECODE_ERRORS = (
 # What they say if bytes are missing.
 SHORT = re.compile(
     "truncat|broken data|create decoder|requires a buffer|incomplete|premature|corrupt jpeg|end of file|out of range"
-    "|not enough|not a|not defined|parsing failed|insufficient|too small|cannot read full|missing dimensions|no more images|data organization|outside of file|chunk b'(?!IHDR)",
+    "|not enough|not a|not defined|parsing failed|insufficient|too small|cannot read full|missing dimensions"
+    "|no more images|data organization|outside of file|chunk b'(?!IHDR)",
     re.IGNORECASE,
 )
 # A segment of a JPEG's header: its marker and its length.
 SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xda-\xfe])(..)", re.DOTALL)
 BATCH_BYTES = 64 * 2**20  # of files or images that travel to or from a worker at once, about
+
+
+class Listing(NamedTuple):
+    """The files below SOURCE, by their paths relative to it, with their lengths in bytes."""
+
+    root: str  # SOURCE, as the file system names it
+    is_local: bool
+    candidates: list[tuple[str, int]]  # to be read
+    ignored: list[tuple[str, int, str, str]]  # rows of IGNORED
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,89 +167,174 @@ def main(argv: list[str] | None = None) -> None:
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", max(1, min(32, 1024 // args.max_file_mb)))
         .config("spark.sql.execution.arrow.maxBytesPerBatch", BATCH_BYTES)
         # Photographs are small files: a task takes some 500, and folders are listed by the driver up to a thousand.
-        .config("spark.sql.files.openCostInBytes", 256 * 2**10)
+        .config("spark.sql.files.openCostInBytes", OPEN_BYTES)
         .config("spark.sql.sources.parallelPartitionDiscovery.threshold", 1000)
         .getOrCreate()
     )
-    files, paths, n_ignored = find_files(spark, args.source)
+    listing = find_files(spark, args.source, take=args.take, leave_out=args.leave_out, share=args.share)
     inspected = inspect_files(
-        files,
-        args.source,
-        paths,
+        spark,
+        listing,
         max_bytes=args.max_file_mb * 2**20,
         max_pixels=args.max_pixels,
+        min_side=args.min_side,
+        label_depth=args.label_depth,
         group_pattern=args.group_pattern,
     )
-    quarantine = inspected.where("reason IS NOT NULL").select(*QUARANTINE.names)
+    quarantine = inspected.where(F.col("reason") != "no_image").select(*QUARANTINE.names)
     quarantine.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/quarantine")
-    counts = count(inspected)
-    if not counts["n_images"] or counts["n_quarantined"] > args.max_quarantine_ratio * counts["n_files"]:
-        raise SystemExit(too_many_refused(quarantine, counts, args.max_quarantine_ratio))
+    ignored = ignore(spark, inspected, listing)
+    ignored.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/ignored")
+    groups = count(inspected)
+    counts, folders, kinds = add_up(groups), folders_of(groups), kinds_of(groups, listing)
+    refused = say_refused(quarantine) if counts["n_quarantined"] else []
+    for line in [*refused, *say_ignored(kinds), *say_labels(folders, args.label_depth)]:
+        print(f"ingest: {line}")
+    said = say_counts(counts, kinds)
+    if not counts["n_images"]:
+        raise SystemExit(f"ingest: no image below {args.source}: {said}")
+    if too_many := say_too_many(counts, args.max_quarantined):
+        raise SystemExit(f"ingest: {too_many}")
+    for line in breaches(folders, args.labels, args.min_images_per_label):
+        if args.on_breach == "end":
+            raise SystemExit(f"ingest: {line}. ingest.on_breach=say in params.yaml goes on and only says so.")
+        print(f"ingest: {line}")
 
     images = inspected.where("reason IS NULL").select(*IMAGES.names)
     n_parts = max(1, math.ceil(counts["n_bytes"] / (args.file_size_mb * 2**20)))
     (images.repartition(n_parts, "image_id").sortWithinPartitions("image_id", "path").write.parquet(f"{args.output}/images"))
-    print(
-        f"ingest: {counts['n_images']:,} images of {counts['n_labels']:,} labels; "
-        f"{counts['n_quarantined']:,} files quarantined, {n_ignored:,} other files ignored"
-    )
+    print(f"ingest: {said}")
 
 
-def find_files(spark: SparkSession, source: str) -> tuple[DataFrame, list[str], int]:
-    """Every file below source that is named like an image.
+def find_files(spark: SparkSession, source: str, *, take: list[str], leave_out: list[str], share: float) -> Listing:
+    """List every file below source, and tell those that need not be read.
 
-    Returns
-    -------
-    DataFrame of path (relative to source), length (bytes) and content; all paths, also those that the DataFrame has no row
-    of because they are empty or cannot be opened; the number of other files
+    Parameters
+    ----------
+    take, leave_out : patterns for paths, as fnmatch has them; none in take takes all
+    share : of all other files, chosen by the SHA-256 of their paths
 
     Raises
     ------
     SystemExit
-        source does not exist, holds no file named like an image, or holds one outside any label's folder.
+        source does not exist, is empty, has a link to a folder, or an image outside any label's folder; or it is on another
+        file system and has names that Spark does not read there.
     """
     folder, file_system = hadoop_path(spark, source)
     if not (file_system.exists(folder) and file_system.getFileStatus(folder).isDirectory()):
         raise SystemExit(f"ingest: {source} is no folder. `images` in params.yaml names the folder of images.")
     folder = file_system.makeQualified(folder)
-    root = folder.toString().rstrip("/")
-    any_case = ["".join(f"[{letter}{letter.upper()}]" for letter in extension) for extension in EXTENSIONS]
-    files = (
-        spark.read.format("binaryFile")
-        .option("recursiveFileLookup", True)
-        .option("pathGlobFilter", "*.{" + ",".join(any_case) + "}")
-        # A file that cannot be opened must not end the run: `inspect_files` sees that it is missing.
-        .option("ignoreMissingFiles", True)
-        .option("ignoreCorruptFiles", True)
-        .load(re.sub(r"([\\{}\[\]*?])", r"\\\1", root))  # a folder's name, not a pattern
-        .select(F.col("path").substr(len(root) + 2, 2**31 - 1).alias("path"), "length", "content")
-    )
-    jvm: Any = spark._jvm
-    # In one call: to ask Java for one after the other takes a minute for a million.
-    urls = jvm.org.apache.hadoop.util.StringUtils.join("\n", files._jdf.inputFiles())
-    start = len(folder.toUri().getPath().rstrip("/")) + 1
-    paths = [unquote(urlsplit(url).path)[start:] for url in urls.split("\n") if url]
-    if not paths:
-        raise SystemExit(f"ingest: no image below {source}: no name ends in {', '.join(EXTENSIONS)}.")
-    unlabelled = sorted(path for path in paths if "/" not in path)
+    is_local = folder.toUri().getScheme() == "file"
+    root = folder.toUri().getPath() if is_local else folder.toString().rstrip("/")
+    files = sorted(list_local(root) if is_local else list_elsewhere(spark, folder, root))
+    if not files:
+        raise SystemExit(f"ingest: no image below {source}: it has no file.")
+
+    reads = reader_of_names(take, leave_out, share)
+    candidates, ignored = [], []
+    for path, length in files:
+        if why := reads(path):
+            ignored.append((path, length, *why))
+        else:
+            candidates.append((path, length))
+    unlabelled = [path for path, _ in candidates if "/" not in path and extension_of(path) in EXTENSIONS]
     if unlabelled:
         raise SystemExit(
-            f"ingest: {len(unlabelled):,} of {len(paths):,} images have no label: {unlabelled[0]} is in {source} itself. "
-            "Move each into a folder that is named as its label."
+            f"ingest: {len(unlabelled):,} of {len(candidates):,} files have no label: {unlabelled[0]} is in {source} "
+            "itself. Move each into a folder that is named as its label."
         )
-    return files, paths, file_system.getContentSummary(folder).getFileCount() - len(paths)
+    if not is_local:
+        passed_over = [path for path, _ in candidates if any(name.startswith("_") for name in path.split("/"))]
+        if passed_over:
+            raise SystemExit(
+                f"ingest: Spark does not read names that start with _ from {root}: {len(passed_over):,} of "
+                f"{len(candidates):,} files, such as {passed_over[0]}. Run ingest on this machine, or rename them."
+            )
+    return Listing(root, is_local, candidates, ignored)
+
+
+def list_local(root: str) -> Iterator[tuple[str, int]]:
+    """Yield path and length of each file; -1 for a link to nothing.
+
+    Hadoop's listing would hide links, and cannot name a file whose name has a colon or is not in UTF-8.
+    """
+    links, folders = [], [root]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                path = entry.path[len(root.rstrip("/")) + 1 :]
+                if not entry.is_dir():
+                    yield path, entry.stat().st_size if entry.is_file() else -1
+                elif entry.is_symlink():
+                    links.append(path)
+                else:
+                    folders.append(entry.path)
+    if links:
+        raise SystemExit(
+            f"ingest: {len(links):,} links to folders are below {root}, such as {min(links)}. DVC does not follow them, and "
+            "would not see a change there. Put the folders themselves in their place."
+        )
+
+
+def list_elsewhere(spark: SparkSession, folder: Any, root: str) -> list[tuple[str, int]]:
+    """List path and length of each file on any file system that Hadoop knows."""
+    jvm: Any = spark._jvm
+    java, hadoop = jvm.java.lang, jvm.org.apache.hadoop
+    statuses = hadoop.util.functional.RemoteIterators.toList(
+        folder.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(folder, True)
+    )
+
+    # Java asks all of them in one call: to ask it for one after the other takes some minutes for a million.
+    def ask(getter: str, result: Any) -> list[str]:
+        status = java.Class.forName("org.apache.hadoop.fs.FileStatus")
+        get = java.invoke.MethodHandles.publicLookup().findVirtual(status, getter, java.invoke.MethodType.methodType(result))
+        answers = jvm.java.util.ArrayList(statuses)
+        answers.replaceAll(
+            java.invoke.MethodHandleProxies.asInterfaceInstance(java.Class.forName("java.util.function.UnaryOperator"), get)
+        )
+        return list(hadoop.util.StringUtils.join("\0", answers).split("\0")) if len(answers) else []
+
+    paths = ask("getPath", java.Class.forName("org.apache.hadoop.fs.Path"))
+    lengths = ask("getLen", java.Long.TYPE)
+    return [(path[len(root) + 1 :], int(length)) for path, length in zip(paths, lengths, strict=True)]
+
+
+def reader_of_names(take: list[str], leave_out: list[str], share: float) -> Callable[[str], tuple[str, str] | None]:
+    """Make a function that tells of a path why its file need not be read, as reason and kind of IGNORED, or None."""
+    taken, left_out = ([(each, re.compile(fnmatch.translate(nfc(each)))) for each in given] for given in (take, leave_out))
+
+    def why(path: str) -> tuple[str, str] | None:
+        names = path.lower().split("/")
+        if any(name.startswith(".") for name in names):
+            return "hidden", "hidden"
+        if any(name in SYSTEM for name in names):
+            return "hidden", "system"
+        # With the slash, */test/* is also true of test/1.jpg.
+        forms = (nfc(path), nfc(f"/{path}"))
+        for pattern, regex in left_out:
+            if any(map(regex.match, forms)):
+                return "left_out", pattern
+        if taken and not any(regex.match(form) for _, regex in taken for form in forms):
+            return "left_out", "not taken"
+        if int(hashlib.sha256(os.fsencode(path)).hexdigest()[:8], 16) >= share * 2**32:
+            return "not_in_share", f"not in the share of {share:g}"
+        return None
+
+    return why
 
 
 def inspect_files(
-    files: DataFrame,
-    source: str,
-    paths: list[str],
+    spark: SparkSession,
+    listing: Listing,
     *,
     max_bytes: int,
     max_pixels: int,
+    min_side: int,
+    label_depth: int,
     group_pattern: str,
 ) -> DataFrame:
-    """INSPECTED, one row for each of the paths: an image, or the reason why it is none."""
+    """INSPECTED, one row for each of the candidates: an image, or the reason why it is none."""
+    root = os.fsencode(listing.root) if listing.is_local else None
 
     def inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         Image.MAX_IMAGE_PIXELS = None  # the limit is ours; Pillow's own only warns
@@ -215,20 +349,30 @@ def inspect_files(
                     rows, n_bytes = [], 0
             yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
 
-    def inspect_file(path: str, length: int, content: bytes | None) -> dict[str, Any]:
-        *_, label, name = path.split("/")
-        row = {"path": path, "label": label, "length": length}
+    def inspect_file(path: bytes, length: int, content: bytes | None) -> dict[str, Any]:
+        shown = show(path)
+        label, name = label_of(shown, label_depth), shown.split("/")[-1]
+        row = {"path": shown, "label": label, "length": length}
         try:
+            if extension_of(name) in RAW:
+                raise Refused("not_an_image", "a camera's raw file")
             if length > max_bytes:
                 raise Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
             if content is None:
-                raise Refused("unreadable", "cannot be opened")
+                content = read_file(root, path, length)
             image_id = hashlib.sha256(content).hexdigest()
             image, is_kept = decode(content, max_pixels)
+            if min(image.size) < min_side:
+                raise Refused("too_small", f"{image.width} x {image.height}, less than {min_side:,} on a side")
+            if label is None:
+                raise Refused("no_label", "in no folder")
         except Refused as refused:
+            # The name does not claim to be an image, and neither does the content.
+            if refused.reason in ("empty", "not_an_image", "too_large") and extension_of(name) not in EXTENSIONS:
+                return row | {"reason": "no_image", "detail": kind_of(name)}
             return row | {"reason": refused.reason, "detail": refused.detail}
         except MemoryError as error:
-            raise MemoryError(f"{path} takes more memory than a worker has: lower max_pixels or use fewer cores") from error
+            raise MemoryError(f"{shown} takes more memory than a worker has: lower max_pixels or use fewer cores") from error
         if not is_kept:
             content = to_png(image)
         return row | {
@@ -241,25 +385,61 @@ def inspect_files(
             "content": content,
         }
 
-    # Written twice, as images and as quarantine, but decoded once.
-    inspected = files.where(F.col("length") <= max_bytes).mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
-    if inspected.count() == len(paths):
+    # Written as images, as quarantine and as ignored, but decoded once.
+    n_bytes = sum(max(length, 0) + OPEN_BYTES for _, length in listing.candidates)
+    rows = [(os.fsencode(path), length, None) for path, length in listing.candidates]
+    n_tasks = max(1, math.ceil(n_bytes / TASK_BYTES))
+    files = spark.createDataFrame(spark.sparkContext.parallelize(rows, n_tasks), FILES, verifySchema=False)
+    if listing.is_local:
+        return files.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+    there = read_elsewhere(spark, listing, max_bytes).join(F.broadcast(files.select("path")), "path", "left_semi")
+    inspected = there.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+    if inspected.count() == len(rows):
         return inspected
     # Spark gives no row for a file that is empty, too large for us, or cannot be opened.
-    import pandas as pd  # seldom needed, and slow to import for a program that uses `decode` only
-
-    spark = files.sparkSession
-    listed = spark.createDataFrame(pd.DataFrame({"path": paths}), "path string")
-    unseen = listed.join(inspected, "path", "left_anti").collect()
-    lengths = {path: length_of(spark, source, path) for (path,) in unseen}
-    missing = [(path, length, None if length else b"") for path, length in lengths.items()]
-    return inspected.union(spark.createDataFrame(missing, FILES).mapInArrow(inspect, INSPECTED))
+    seen = inspected.select(F.encode("path", "UTF-8").alias("path"))
+    return inspected.union(files.join(seen, "path", "left_anti").mapInArrow(inspect, INSPECTED))
 
 
-def length_of(spark: SparkSession, source: str, path: str) -> int:
-    """Bytes of a file; -1 if it is there no more."""
-    file, file_system = hadoop_path(spark, f"{source}/{path}")
-    return file_system.getFileStatus(file).getLen() if file_system.exists(file) else -1
+def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
+    """Read a file that Spark has not read.
+
+    Parameters
+    ----------
+    root : the folder that the path is relative to; None if it is not on this machine
+
+    Raises
+    ------
+    Refused
+        the file cannot be opened, or its name is not in UTF-8
+    """
+    try:
+        path.decode()
+        if root is not None:
+            return Path(os.fsdecode(os.path.join(root, path))).read_bytes()
+    except UnicodeDecodeError as error:
+        raise Refused("unreadable", "its name is not in UTF-8: rename it, as `convmv -f latin1 -t utf8` does") from error
+    except OSError as error:
+        raise Refused("unreadable", f"cannot be opened: {error.strerror}") from error
+    if length:
+        raise Refused("unreadable", "cannot be opened")
+    return b""
+
+
+def read_elsewhere(spark: SparkSession, listing: Listing, max_bytes: int) -> DataFrame:
+    """FILES that are not on this machine, read by Spark; those of more than max_bytes are left out."""
+    is_part = any(reason in ("left_out", "not_in_share") for _, _, reason, _ in listing.ignored)
+    paths = [f"{listing.root}/{path}" for path, _ in listing.candidates] if is_part else [listing.root]
+    return (
+        spark.read.format("binaryFile")
+        .option("recursiveFileLookup", True)
+        # A file that cannot be opened must not end the run: `inspect_files` sees that it is missing.
+        .option("ignoreMissingFiles", True)
+        .option("ignoreCorruptFiles", True)
+        .load([re.sub(r"([\\{}\[\]*?])", r"\\\1", path) for path in paths])  # names, not patterns
+        .where(F.col("length") <= max_bytes)
+        .select(F.encode(F.col("path").substr(len(listing.root) + 2, 2**31 - 1), "UTF-8").alias("path"), "length", "content")
+    )
 
 
 def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
@@ -269,29 +449,145 @@ def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
     return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
 
 
-def count(inspected: DataFrame) -> dict[str, int]:
-    is_image = F.col("reason").isNull()
+def ignore(spark: SparkSession, inspected: DataFrame, listing: Listing) -> DataFrame:
+    """IGNORED: files that were not read, and those whose content and name are not those of an image."""
+    rows = [(show(path), *rest) for path, *rest in listing.ignored]
+    by_name = spark.createDataFrame(rows, IGNORED, verifySchema=False)
+    by_content = inspected.where(F.col("reason") == "no_image").select(
+        "path", "length", "reason", F.col("detail").alias("kind")
+    )
+    return by_name.union(by_content)
+
+
+def count(inspected: DataFrame) -> list[Row]:
+    """Count the files of each folder by what became of them: label, folder, reason, kind, n, n_bytes, path of the first."""
+    is_other = F.col("reason") == "no_image"
+    keys = ("label", F.regexp_replace("path", "/[^/]*$", "").alias("folder"), "reason", F.when(is_other, F.col("detail")))
     return (
-        inspected.agg(
-            F.count("*").alias("n_files"),
-            F.count_if(~is_image).alias("n_quarantined"),
-            F.count_if(is_image).alias("n_images"),
-            F.countDistinct(F.when(is_image, F.col("label"))).alias("n_labels"),
-            F.coalesce(F.sum(F.octet_length("content")), F.lit(0)).alias("n_bytes"),
+        inspected.groupBy(*keys[:3], keys[3].alias("kind"))
+        .agg(F.count("*").alias("n"), F.sum(F.octet_length("content")).alias("n_bytes"), F.min("path").alias("path"))
+        .collect()
+    )
+
+
+def add_up(groups: list[Row]) -> dict[str, int]:
+    images = [group for group in groups if group.reason is None]
+    n_images = sum(group.n for group in images)
+    n_quarantined = sum(group.n for group in groups if group.reason not in (None, "no_image"))
+    return {
+        "n_files": n_images + n_quarantined,
+        "n_quarantined": n_quarantined,
+        "n_images": n_images,
+        "n_labels": len({group.label for group in images}),
+        "n_bytes": sum(group.n_bytes for group in images),
+    }
+
+
+def folders_of(groups: list[Row]) -> list[tuple[str, str, int]]:
+    """List the folders that have images: label, path of the folder, number of images."""
+    return sorted((group.label, group.folder, group.n) for group in groups if group.reason is None)
+
+
+def kinds_of(groups: list[Row], listing: Listing) -> list[tuple[str, int, str]]:
+    """List the kinds of ignored files: kind, number, path of the first; the most frequent first."""
+    others = [(kind, 1, show(path)) for path, _, _, kind in listing.ignored]
+    others += [(group.kind, group.n, group.path) for group in groups if group.reason == "no_image"]
+    kinds: dict[str, tuple[int, str]] = {}
+    for kind, n, path in others:
+        n_before, first = kinds.get(kind, (0, path))
+        kinds[kind] = (n_before + n, min(first, path))
+    return sorted(((kind, n, first) for kind, (n, first) in kinds.items()), key=lambda kind: (-kind[1], kind[0]))
+
+
+def say_counts(counts: dict[str, int], kinds: list[tuple[str, int, str]]) -> str:
+    named = [f"{n:,} {kind}" for kind, n, _ in kinds[:EXAMPLES]] + ["others"] * (len(kinds) > EXAMPLES)
+    return (
+        f"{counts['n_images']:,} images of {counts['n_labels']:,} labels; {counts['n_quarantined']:,} files quarantined, "
+        f"{sum(n for _, n, _ in kinds):,} ignored" + (f" ({', '.join(named)})" if named else "")
+    )
+
+
+def say_refused(quarantine: DataFrame) -> list[str]:
+    """Name the first files that were refused, with their reasons."""
+    first = quarantine.orderBy("path").limit(EXAMPLES).collect()
+    return [f"refused: {row.path}: {row.reason}, {row.detail}" for row in first]
+
+
+def say_ignored(kinds: list[tuple[str, int, str]]) -> list[str]:
+    """Name one file of each kind that was ignored."""
+    return [f"ignored: {n:,} {kind}, such as {example}" for kind, n, example in kinds[:EXAMPLES]]
+
+
+def say_labels(folders: list[tuple[str, str, int]], label_depth: int) -> list[str]:
+    """Warn of labels that may be one, and of a label that may be several.
+
+    Parameters
+    ----------
+    folders : as count_folders returns them
+    """
+    images: dict[str, int] = {}
+    parents: dict[str, dict[str, int]] = {}
+    for label, folder, n in folders:
+        images[label] = images.get(label, 0) + n
+        above = "/".join(each for each in folder.split("/")[:-label_depth] if not SUBSETS.fullmatch(each))
+        parents.setdefault(label, {}).setdefault(above, 0)
+        parents[label][above] += n
+    alike: dict[str, list[str]] = {}
+    for label in images:
+        alike.setdefault("".join(label.casefold().split()), []).append(label)
+    lines = [
+        "warning: labels that differ by capitals or blanks only: "
+        + ", ".join(f"{label!r} ({images[label]:,} images)" for label in labels)
+        for labels in alike.values()
+        if len(labels) > 1
+    ]
+    lines += [f"warning: the label {label!r} starts or ends with a blank" for label in images if label != label.strip()]
+    several = {label: above for label, above in parents.items() if len(above) > 1}
+    if several:
+        label, folders_above = next(iter(several.items()))
+        named = ", ".join(f"{name or '.'} {n:,}" for name, n in sorted(folders_above.items())[:EXAMPLES])
+        lines.append(
+            f"note: {len(several):,} of {len(images):,} labels lie below several folders, such as {label!r} ({named}). "
+            f"If these are different things, ingest.label_depth={label_depth + 1} in params.yaml tells them apart."
         )
-        .collect()[0]
-        .asDict()
-    )
+    return lines[:EXAMPLES] + ([f"and {len(lines) - EXAMPLES:,} more warnings"] if len(lines) > EXAMPLES else [])
 
 
-def too_many_refused(quarantine: DataFrame, counts: dict[str, int], max_ratio: float) -> str:
-    examples = "".join(
-        f"\n  {row.path}: {row.reason}, {row.detail}" for row in quarantine.orderBy("path").limit(5).collect()
-    )
+def say_too_many(counts: dict[str, int], max_quarantined: int | float) -> str | None:
+    """Say that more files are refused than max_quarantined allows, a number or a share of all; None if not."""
+    allowed = max_quarantined if isinstance(max_quarantined, int) else max_quarantined * counts["n_files"]
+    if counts["n_quarantined"] <= allowed:
+        return None
     return (
-        f"ingest: {counts['n_quarantined']:,} of {counts['n_files']:,} files are refused, more than "
-        f"max_quarantine_ratio {max_ratio} allows. All are in the quarantine table; the first:{examples}"
+        f"{counts['n_quarantined']:,} of {counts['n_files']:,} files are refused, more than max_quarantined "
+        f"{max_quarantined} allows. All are in the quarantine table. Mend or remove them, or set max_quarantined higher."
     )
+
+
+def breaches(folders: list[tuple[str, str, int]], expected: list[str], min_images: int) -> Iterator[str]:
+    """Yield what the labels should be and are not.
+
+    Parameters
+    ----------
+    folders : as count_folders returns them
+    expected : names of labels, or their number; empty if any will do
+    min_images : of each label, at least
+    """
+    images: dict[str, int] = {}
+    for label, _, n in folders:
+        images[label] = images.get(label, 0) + n
+    if len(expected) == 1 and expected[0].isdigit():
+        if len(images) != int(expected[0]):
+            yield f"{len(images):,} labels instead of {int(expected[0]):,}"
+    elif expected:
+        wanted = {nfc(each) for each in expected}
+        for what, labels in (("are missing", wanted - images.keys()), ("were not expected", images.keys() - wanted)):
+            if labels:
+                yield f"{len(labels):,} labels {what}: {', '.join(sorted(labels)[:EXAMPLES])}"
+    few = {label: n for label, n in images.items() if n < min_images}
+    if few:
+        named = ", ".join(f"{label} {n:,}" for label, n in list(few.items())[:EXAMPLES])
+        yield f"{len(few):,} labels have less than {min_images:,} images: {named}"
 
 
 class Refused(Exception):
@@ -477,10 +773,36 @@ def what_else(content: bytes) -> str:
     return f"starts with {content[:16]!r}"
 
 
+def label_of(path: str, label_depth: int) -> str | None:
+    """Name the label of a file: the last label_depth folders of its path, in Unicode's form NFC; None without a folder."""
+    folders = path.split("/")[:-1]
+    return nfc("/".join(folders[-label_depth:])) if folders else None
+
+
 def film_of(label: str, name: str, group_pattern: str) -> str | None:
     """Name the film that a photograph is a frame of, by its label and what the pattern's groups match in its file's name."""
     match = re.search(group_pattern, name)
     return "/".join([label, *(part or "" for part in match.groups())]) if match else None
+
+
+def show(path: bytes | str) -> str:
+    """Write a path as UTF-8, also one that is not."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def nfc(text: str) -> str:
+    """Compose letters and their accents: macOS writes them apart, others as one."""
+    return unicodedata.normalize("NFC", text)
+
+
+def extension_of(name: str) -> str:
+    return os.path.splitext(name)[1][1:].lower()
+
+
+def kind_of(name: str) -> str:
+    """Say what a file is that is no image, by its name."""
+    extension = extension_of(name)
+    return "camera raw" if extension in RAW else extension or "without extension"
 
 
 def regex(text: str) -> str:
@@ -503,19 +825,42 @@ def between(kind: type[int] | type[float], low: float, high: float) -> Callable[
     return number
 
 
+def count_or_share(text: str) -> int | float:
+    """Read a whole number, or a share from 0 to 1 with a decimal point."""
+    try:
+        return between(int, 0, 10**9)(text) if text.isdigit() else between(float, 0, 1)(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of files nor a share, such as 0.01") from None
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source")
     parser.add_argument("output")
+    # DVC writes no flag for an empty list.
+    parser.add_argument("--take", nargs="+", default=[], help="patterns for paths; others are left out")
+    parser.add_argument("--leave_out", nargs="+", default=[], help="patterns for paths that are left out")
+    parser.add_argument("--share", type=between(float, 1e-6, 1), required=True, help="of the files, chosen by SHA-256")
+    parser.add_argument(
+        "--label_depth", type=between(int, 1, 16), required=True, help="folders above a file that make its label"
+    )
     parser.add_argument("--group_pattern", type=regex, required=True, help="regular expression for a file's name")
     parser.add_argument(
         "--max_pixels", type=between(int, 1, 2**31 - 1), required=True, help="width x height of an image, at most"
     )
+    parser.add_argument("--min_side", type=between(int, 1, 2**15), required=True, help="width and height, at least")
     parser.add_argument("--max_file_mb", type=between(int, 1, 2047), required=True, help="MiB of an image's file, at most")
     parser.add_argument(
-        "--max_quarantine_ratio", type=between(float, 0, 1), required=True, help="share of files refused, at most"
+        "--max_quarantined", type=count_or_share, required=True, help="number or share of files refused, at most"
+    )
+    parser.add_argument("--labels", nargs="+", default=[], help="names of labels, or their number, that are expected")
+    parser.add_argument(
+        "--min_images_per_label", type=between(int, 1, 10**9), required=True, help="images of each label, at least"
+    )
+    parser.add_argument(
+        "--on_breach", choices=("end", "say"), required=True, help="what to do if labels are not as expected"
     )
     parser.add_argument(
         "--file_size_mb", type=between(int, 1, 4096), required=True, help="MiB of images in an output file, about"

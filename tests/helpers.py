@@ -100,7 +100,7 @@ def moments_of(features: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
 
 
 def write_split(folder: Path, images: pd.DataFrame, leak: float = 0.0) -> None:
-    """What ingest, featurize and split write for these images, but for the quarantine."""
+    """What ingest, featurize and split write for these images, but for the files that are no images."""
     write(images.drop(columns=["features", "group", "fold"]), folder / "ingested" / "images")
     write(images.drop(columns=["thumbnail", "group", "fold"]), folder / "features")
     write(images.drop(columns=["features", "thumbnail"]), folder / "split" / "images")
@@ -115,12 +115,22 @@ def run_baseline(folder: Path, max_images: int = 1000, output: str = "baseline")
 
 
 def write_inputs(
-    folder: Path, images: pd.DataFrame, k: int, scale: str = "none", n_quarantined: int = 0, leak: float = 0.0
+    folder: Path,
+    images: pd.DataFrame,
+    k: int,
+    scale: str = "none",
+    n_quarantined: int = 0,
+    n_ignored: int = 0,
+    n_not_in_share: int = 0,
+    leak: float = 0.0,
 ) -> list[str]:
     """What the stages before write for these images; the places that evaluate takes."""
     write_split(folder, images, leak)
     quarantine = pd.DataFrame({"path": [f"bad/{i}.jpg" for i in range(n_quarantined)]}, dtype=object)
     write(quarantine, folder / "ingested" / "quarantine")
+    reasons = ["hidden"] * n_ignored + ["not_in_share"] * n_not_in_share
+    paths = [f"other/{i}" for i in range(len(reasons))]
+    write(pd.DataFrame({"path": paths, "reason": reasons, "kind": reasons}, dtype=object), folder / "ingested" / "ignored")
     moments = {fold: moments_of(np.stack(rows["features"])) for fold, rows in images.groupby("fold")}
     lower = np.tril_indices(N_FEATURES)
     rows = [(fold, n, mean.tobytes(), scatter[lower].tobytes()) for fold, (n, mean, scatter) in moments.items()]

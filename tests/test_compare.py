@@ -52,6 +52,7 @@ def write_run(folder: Path, features: np.ndarray = FEATURES, images: pd.DataFram
     pictures = images.assign(width=4, height=4, content_id=images["image_id"], content=b"jpeg", thumbnail=[bytes(768)] * N)
     write(pictures, data / "ingested/images")
     write(pd.DataFrame({"path": ["Fig/x.jpg"], "label": ["Fig"], "reason": ["empty"]}), data / "ingested/quarantine")
+    write(pd.DataFrame({"path": ["readme.md"], "reason": ["no_image"], "kind": ["md"]}), data / "ingested/ignored")
     write(images.assign(features=list(features)), data / "features")
     write(images, data / "split/images")
     wide = features.astype(np.float64)
@@ -229,6 +230,16 @@ def test_of_many_images_that_are_gone_three_are_named(a: Path, b: Path, say: Say
 def test_a_file_refused_for_another_reason_is_different(a: Path, b: Path, say: Say) -> None:
     change(b / "data/ingested/quarantine", "reason", replace_first("truncated"))
     assert "quarantine: other reason: 1 of 1 (Fig/x.jpg: empty | truncated)" in "\n".join(say(a, b).of("ingest"))
+
+
+def test_a_file_ignored_as_another_kind_is_different(a: Path, b: Path, say: Say) -> None:
+    change(b / "data/ingested/ignored", "kind", lambda kinds: ["txt" for _ in kinds])
+    assert "ignored: other kind: 1 of 1 (readme.md: md | txt)" in "\n".join(say(a, b).of("ingest"))
+
+
+def test_a_run_of_a_version_without_ignored_files_can_be_compared(a: Path, b: Path, say: Say) -> None:
+    shutil.rmtree(b / "data/ingested/ignored")
+    assert f"ignored: no table in {b}, as in version 0.1.0" in "\n".join(say(a, b).of("ingest"))
 
 
 def test_the_same_picture_packed_anew_is_rounding(a: Path, b: Path, say: Say) -> None:

@@ -37,7 +37,7 @@ def test_a_stage_takes_its_section_and_nothing_else(stage: str) -> None:
 def test_no_flag_has_a_default(stage: str) -> None:
     module = importlib.import_module(f"stages.{stage}")
     _, *places, _ = command(stage)
-    for key in PARAMS[stage]:
+    for key in (key for key, value in PARAMS[stage].items() if value != []):  # of an empty list, DVC makes no flag
         others = {name: value for name, value in PARAMS[stage].items() if name != key}
         with pytest.raises(SystemExit):
             module.parse_args(places + flags(others))

@@ -88,11 +88,14 @@ def test_copies_and_those_under_two_labels_are_counted(tmp_path: Path) -> None:
     conflict = images[3:5].assign(path="conflict", label="pear")
     third = images[4:5].assign(path="third", label="quince")  # the second copy of one image: a duplicate, no new conflict
     write(pd.DataFrame({"path": ["a", "b"]}), tmp_path / "quarantine")
+    write(pd.DataFrame({"reason": ["hidden", *["not_in_share"] * 60]}), tmp_path / "ignored")
     assert evaluate.count_images(pd.concat([images, same, conflict, third]), str(tmp_path)) == {
         "images": 18,
         "labels": 5,
         "groups": 2,
         "quarantined": 2,
+        "ignored": 61,
+        "share": 0.25,
         "duplicates": 6,
         "label_conflicts": 2,
     }
@@ -116,7 +119,7 @@ def scale(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, images: pd.DataFrame, scale: str) -> list[str]:
-    return write_inputs(tmp_path_factory.mktemp("inputs"), images, k=3, scale=scale, n_quarantined=7)
+    return write_inputs(tmp_path_factory.mktemp("inputs"), images, k=3, scale=scale, n_quarantined=7, n_ignored=5)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,16 @@ def test_the_order_of_the_tables_changes_no_measurement(
 
 
 def test_metrics_count_the_images(metrics: dict[str, Any]) -> None:
-    counts = {"images": 84, "labels": 4, "groups": 14, "quarantined": 7, "duplicates": 4, "label_conflicts": 4}
+    counts = {
+        "images": 84,
+        "labels": 4,
+        "groups": 14,
+        "quarantined": 7,
+        "ignored": 5,
+        "share": 1.0,
+        "duplicates": 4,
+        "label_conflicts": 4,
+    }
     assert metrics["images"] == counts
     assert metrics["tested"] == {"images": 80, "groups": 14, "labels": 3, "labels_untested": 1}
 
@@ -274,7 +286,11 @@ def test_the_spectrum_is_that_of_the_stage_reduce(output: Path, inputs: list[str
 
 def test_the_summary_says_the_numbers_of_the_metrics(output: Path, metrics: dict[str, Any]) -> None:
     summary = (output / "summary.txt").read_text()
-    assert "84 images of 4 labels (7 files quarantined, 4 duplicates, 4 of them under two labels)" in summary
+    assert (
+        "84 images of 4 labels (7 files quarantined, 4 duplicates, 4 of them under two labels)\n5 other files are ignored"
+        in summary
+    )
+    assert "first look" not in summary
     for key in ("nearest_neighbour", "linear_probe"):
         accuracies = " ".join(f"{metrics[key][space]:>12.1%}".strip() for space in analysis.SPACES)
         assert accuracies in " ".join(summary.split())
@@ -464,6 +480,11 @@ def test_a_collection_without_siblings_says_nothing_of_unseen_kinds(output: Path
 def test_images_that_are_easy_to_tell_apart_are_all_recognised(tmp_path: Path) -> None:
     metrics = run_evaluate(write_inputs(tmp_path, make_images(spread=0.05), k=3), tmp_path / "report")
     assert {metrics[name][space] for name in analysis.RECOGNISERS for space in analysis.SPACES} == {1.0}
+
+
+def test_the_summary_says_that_it_is_of_a_share(tmp_path: Path) -> None:
+    run_evaluate(write_inputs(tmp_path, make_images(), k=3, n_not_in_share=240), tmp_path / "report")
+    assert "This is a first look: 25.00% of the files" in (tmp_path / "report/summary.txt").read_text()
 
 
 def test_a_copy_in_the_other_fold_does_not_help(tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from bootstrap import parameters
 from stages import featurize
+from tests.helpers import PARAMS
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 8  # of the backbone's input, pixels
@@ -475,8 +477,8 @@ class Workplace:
         )
 
     def ingest(self) -> None:
-        flags = "--group_pattern x --max_pixels 10000 --max_file_mb 1 --max_quarantine_ratio 0 --file_size_mb 1"
-        process = self.start("ingest.py", "images", "ingested", *flags.split())
+        flags = parameters.flags(PARAMS["ingest"])
+        process = self.start("ingest.py", "images", "ingested", *flags)
         assert (process.communicate()[1], process.returncode) == ("", 0)
 
     def start_featurize(self, cache: str = "cache", batch_size: int = 8, images_per_file: int = 8) -> subprocess.Popen[str]:

@@ -18,14 +18,14 @@ NUMBERS = [
     for stage, section in PARAMS.items()
     if isinstance(section, dict)
     for name, value in section.items()
-    if isinstance(value, int | float) or (isinstance(value, list) and all(isinstance(each, int) for each in value))
+    if isinstance(value, int | float) or (value and isinstance(value, list) and all(isinstance(each, int) for each in value))
 ]
 # 0 is a seed like others; nothing refused, grouped, lost or shrunk may be what somebody wants.
 WRONG = [
     (stage, name, value)
     for stage, name in NUMBERS
     for value in ("0", "-1", "much", "nan", "1" + 30 * "0")
-    if value != "0" or name not in ("seed", "max_quarantine_ratio", "near", "margin", "max_loss", "shrinkage")
+    if value != "0" or name not in ("seed", "max_quarantined", "near", "margin", "max_loss", "shrinkage")
 ]
 
 
@@ -83,5 +83,5 @@ def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> Non
 
 
 def test_flags_are_what_dvc_makes_of_a_section() -> None:
-    section = {"k": 0.95, "names": [2, 4], "pattern": "^a b$", "is_on": True, "is_off": False}
+    section = {"k": 0.95, "names": [2, 4], "pattern": "^a b$", "is_on": True, "is_off": False, "none": []}
     assert parameters.flags(section) == shlex.split(interpolate.to_str(section))

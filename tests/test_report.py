@@ -41,6 +41,7 @@ def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str
     write(ingested.assign(content=contents), folder / "data/ingested/images")
     quarantine = pd.DataFrame({"path": refused, "reason": "truncated", "detail": "<ends> early"}, dtype=object)
     write(quarantine, folder / "data/ingested/quarantine")
+    write(pd.DataFrame({"path": [], "reason": [], "kind": []}, dtype=object), folder / "data/ingested/ignored")
     (folder / "reports").mkdir()
     run_evaluate(inputs, folder / "reports/evaluation", max_loss=1)  # by which a k is enough
     run_classify(folder / "data")
