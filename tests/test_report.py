@@ -45,7 +45,7 @@ def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str
     (folder / "reports").mkdir()
     run_evaluate(inputs, folder / "reports/evaluation", max_loss=1)  # by which a k is enough
     run_classify(folder / "data")
-    for name in ("dvc.yaml", "params.yaml"):
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
         shutil.copy(ROOT / name, folder)
     for command in (
         "git init -q -b main",
