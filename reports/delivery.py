@@ -180,9 +180,8 @@ def describe(folder: Path, images: list[File], refused: list[File], ignored: lis
         twins = len(images) - len({file.image_id for file in images})
         lines += [f"  copies    {twins:,} have the same bytes as another one of the delivery"] * bool(twins)
         unnamed = sum(not re.search(group_pattern, Path(file.path).name) for file in images)
-        lines += [f"  films     {unnamed:,} names tell none; the photographs themselves tell which are nearly equal"] * bool(
-            unnamed
-        )
+        said = "names tell no film; the photographs themselves tell which are nearly equal"
+        lines += [f"  films     {unnamed:,} {said}"] * bool(unnamed)
     for reason, n in Counter(file.reason for file in refused).most_common():
         some = [file for file in refused if file.reason == reason]
         lines += [f"  refused   {n:,} {reason}:"]
