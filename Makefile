@@ -14,17 +14,32 @@ PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run app page report compare experiments bench test test-slow test-release lint lock cache-info cache-clear \
+.PHONY: help run app page add look report compare experiments bench test test-slow test-release lint lock cache-info cache-clear \
   remote residency cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: .venv/run identity ## images to features, PCA and its metrics; only what changed is computed
+	@python -m bootstrap.parameters
+	@test -e data/features || printf '%s\n' 'The first run computes everything. On two cores, 1,000 small photographs take some two minutes and 10,000 some four:' \
+	  '  rendering photographs and freezing the network: half a minute' \
+	  '  ingest: seconds for each 1,000;  featurize: ten seconds for each 1,000, or 30 with a large network such as resnet50' \
+	  '  each of the others: some ten seconds, most of them to start' \
+	  'You may interrupt it: the next run goes on where this one was.' ''
 	@dvc repro
 	@python -m reports.report $(REPORT)
 	@printf '\n'; cat reports/evaluation/summary.txt; printf '\n'; cat data/classifier/summary.txt
-	@printf '\nSee:   reports/report.html\nNext:  source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
+	@printf '\nSee:   reports/report.html\nNext:  make app\n       source .venv/bin/activate\n       dvc exp run -S reduce.k=16\n       make experiments\n'
+	@printf 'Yours: a folder for each label, then make look FOLDER=~/photographs and make add FOLDER=~/photographs\n'
+
+add: .venv/run ## take a delivery in: FOLDER=… has a folder for each label; INTO=data/mine, or another collection
+	@test -n "$(FOLDER)" || { echo 'add: say where the photographs are: make add FOLDER=~/photographs'; exit 2; }
+	@python -m reports.delivery $(if $(INTO),--into "$(INTO)") "$(FOLDER)"
+
+look: .venv/run ## what is in a delivery, FOLDER=…, and what ingest would refuse of it; takes nothing in
+	@test -n "$(FOLDER)" || { echo 'look: say where the photographs are: make look FOLDER=~/photographs'; exit 2; }
+	@python -m reports.delivery --look $(if $(INTO),--into "$(INTO)") "$(FOLDER)"
 
 app: page ## recognise photographs in a browser; HOST=0.0.0.0 for a phone in the same network, PORT, LABELS=labels.csv
 	@python -m app.serve app/dist --host $(HOST) --port $(PORT)
@@ -40,7 +55,7 @@ compare: .venv/run ## whether this run and that of REV are the same, but for rou
 	@python -m reports.compare $(REV) $(OTHER)
 
 experiments: .venv/run ## what was tried, side by side
-	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|reduce.k|reduce.scale)$$' --sort-by reduce.k
+	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|linear_probe.embedding|recognition.accuracy|reduce.k|reduce.scale)$$' --sort-by reduce.k
 
 bench: .venv/dev ## what it takes, against other ways; IMAGES=FOLDER of some 10,000 photographs; half an hour of a quiet machine
 	@python -m benchmarks.bench $(IMAGES)
@@ -62,12 +77,11 @@ lock: .venv/dev ## constraints*.txt of requirements*.txt; a version moves only w
 	@uv pip compile $(LOCK) requirements-app.txt --constraints constraints.txt --output-file constraints-app.txt
 	@uv pip compile $(LOCK) requirements-dev.txt --constraints constraints.txt --output-file constraints-dev.txt
 
-cache-info: ## what the feature cache holds, and how large it is
-	@for folder in $(CACHE)/*/; do test -f $$folder/about.json || continue; \
-	  du -sh $$folder; grep -E '"(name|batch_size|precision)"' $$folder/about.json; done
+cache-info: .venv/run ## what the feature cache holds: network, size of images, batch size, precision, images, MB
+	@python -m reports.cache "$(CACHE)"
 
 cache-clear: ## empty the feature cache; what is wanted again is computed again
-	rm -rf $(CACHE)
+	rm -rf "$(CACHE)"
 
 remote: .venv/run ## DVC's remote on S3, to share data and results; BUCKET=name, in the EU
 	@test -n "$(BUCKET)" || { echo 'remote: say which bucket: make remote BUCKET=name'; exit 1; }

@@ -40,6 +40,12 @@ def check_java() -> str:
     return said
 
 
+def find_spark(environment: Mapping[str, str]) -> Path:
+    """Find the folder of Spark: SPARK_HOME, or the package of this Python."""
+    spec = importlib.util.find_spec("pyspark")
+    return Path(environment.get("SPARK_HOME") or Path(str(spec and spec.origin)).parent)
+
+
 @contextmanager
 def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
     """Yield the JVM options that load Spark's classes from an archive, which saves seconds; the first run makes it.
@@ -47,13 +53,11 @@ def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
     An archive is for one Spark and one Java, known by what `java -version` prints. The JVM itself checks whether it fits,
     and ignores it if not. Where no archive can be made, the options are empty.
     """
-    spec = importlib.util.find_spec("pyspark")
-    home = environment.get("SPARK_HOME") or Path(str(spec and spec.origin)).parent
-    jars = Path(home, "jars")
+    jars = find_spark(environment) / "jars"
     folder = Path(environment.get("DVC_ROOT", ROOT), ".dvc").resolve()
     # The JVM fails to write an archive with a folder in the class path, which these may add, or on a full disk.
     has_folders = any(environment.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
-    if has_folders or not jars.is_dir() or not os.access(folder, os.W_OK) or " " in str(folder):
+    if has_folders or not jars.is_dir() or not os.access(folder, os.W_OK) or '"' in str(folder):
         yield ""
         return
     (folder / "tmp").mkdir(exist_ok=True)
@@ -61,12 +65,12 @@ def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
     archive = folder / "tmp" / f"classes-{made_for[:16]}.jsa"
     partial = archive.with_suffix(f".{os.getpid()}")
     if archive.exists():
-        yield f"-XX:SharedArchiveFile={archive} -Xlog:cds*=off"
+        yield f'"-XX:SharedArchiveFile={archive}" -Xlog:cds*=off'
     elif shutil.disk_usage(folder).free < 2**30:
         yield ""
     else:
         try:
-            yield f"-XX:ArchiveClassesAtExit={partial} -Xlog:cds*=off"
+            yield f'"-XX:ArchiveClassesAtExit={partial}" -Xlog:cds*=off'
             if partial.exists():
                 for other in archive.parent.glob("classes-*.jsa"):
                     other.unlink()

@@ -11,16 +11,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from bootstrap.java import check_java, class_archive
+from bootstrap.java import check_java, class_archive, find_spark
 from bootstrap.job import Job, Outcome, Runner
 
 BOOTSTRAP = Path(__file__).resolve().parent
 LOGGING = (BOOTSTRAP / "log4j2.properties").as_uri()
-# Start-up messages of Java and TensorFlow that no log level silences, and Spark's warning of large tasks: that of reduce,
-# with 64 components of 2,048 features, is 1 MB.
+# Start-up messages of Java, TensorFlow and LiteRT that no log level silences, and Spark's warning of large tasks: that of
+# reduce, with 64 components of 2,048 features, is 1 MB.
 NOISE = re.compile(
     rb"incubator modules|log messages before absl|oneDNN custom operations|cpu_feature_guard|To enable the f"
-    rb"|contains a task of very large size"
+    rb"|Created TensorFlow Lite XNNPACK|contains a task of very large size"
 )
 HINTS = {
     b"No space left on device": "the disk is full: free some space, or set SPARK_LOCAL_DIRS (for Spark's files) or "
@@ -48,12 +48,12 @@ class Machine:
         command = self.command(job._replace(output=str(partial)))
         started = time.monotonic()
         with ExitStack() as stack:
-            environment = dict(os.environ)
+            environment = python_environment(os.environ)
             if job.program == "spark-submit":
                 options = stack.enter_context(class_archive(os.environ, check_java()))
-                environment = spark_environment(os.environ, options)
+                environment = spark_environment(environment, options)
                 check_folder(Path.cwd())
-            status = call(command, environment, lock, is_filtered=job.program == "spark-submit")
+            status = call(command, environment, lock)
         took = {"where": "local", "cores": os.cpu_count(), "seconds": time.monotonic() - started}
         return Outcome(status, lambda: took)
 
@@ -87,17 +87,24 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
     ]
 
 
+def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of every stage: lines appear as they are printed, and progress bars on a terminal only."""
+    own = {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    if not sys.stderr.isatty():
+        own["TQDM_DISABLE"] = "1"  # the stage writes to a pipe in any case, and cannot see where that ends
+    return {**environment, **own}
+
+
 def spark_environment(environment: Mapping[str, str], options: str = "") -> dict[str, str]:
-    """Return the environment of spark-submit and its children: JVM options, logging, this Python, file names in UTF-8."""
+    """Return the environment of spark-submit and its children: JVM options, logging, places, file names in UTF-8."""
     given = environment.get("SPARK_SUBMIT_OPTS", "")
     own = {
         "SPARK_CONF_DIR": "/nonexistent",  # first in the class path, where an archive of classes allows no folder
         "SPARK_SUBMIT_OPTS": f"{given} -Dlog4j2.configurationFile={LOGGING} {options}".strip(),
+        "SPARK_HOME": str(find_spark(environment)),  # which spark-submit cannot find by itself below a folder with a blank
         "PYSPARK_PYTHON": sys.executable,
         "PYSPARK_DRIVER_PYTHON": sys.executable,
-        "PYTHONUNBUFFERED": "1",
         "SPARK_LOCAL_IP": "127.0.0.1",
-        "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     # Java reads the names of files by the locale; in the plain C locale it cannot open one that has an accent.
     if "UTF" not in (environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "").upper():
@@ -105,28 +112,27 @@ def spark_environment(environment: Mapping[str, str], options: str = "") -> dict
     return {**environment, **own}
 
 
-def call(command: list[str], environment: Mapping[str, str], lock: int, is_filtered: bool) -> int:
+def call(command: list[str], environment: Mapping[str, str], lock: int) -> int:
     """Run the command and return its exit status; end it with all its children when this process is told to end.
+
+    Its output is passed on without NOISE. If it fails, HINTS are added.
 
     Parameters
     ----------
     lock : file descriptor that the command inherits
-    is_filtered : if true, pass its output on without NOISE, and add HINTS; if not, it writes to the terminal itself, for
-        its progress bars
     """
     process = subprocess.Popen(
         command,
         env=environment,
-        stdout=subprocess.PIPE if is_filtered else None,
-        stderr=subprocess.STDOUT if is_filtered else None,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
         pass_fds=[lock],
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM acts like Ctrl-C, also where that is ignored
     hints: set[str] = set()
     try:
-        if is_filtered:
-            hints = pass_on(cast(BinaryIO, process.stdout))
+        hints = pass_on(cast(BinaryIO, process.stdout))
         status = process.wait()
         if status < 0:
             reason = "; perhaps memory ran out" if -status == signal.SIGKILL else ""
@@ -144,14 +150,13 @@ def call(command: list[str], environment: Mapping[str, str], lock: int, is_filte
 
 def pass_on(output: BinaryIO) -> set[str]:
     """Copy the output to stdout without NOISE, and return the HINTS whose signs are in it."""
-    # Into a file by lines; to a terminal by bytes as they come, as Spark's progress bar ends no line.
+    # Into a file by lines; to a terminal by bytes as they come, as a progress bar ends no line.
     read = output.read1 if sys.stdout.isatty() else output.readline  # type: ignore[attr-defined]
     hints = set()
     while chunk := read():
         hints |= {hint for sign, hint in HINTS.items() if sign in chunk}
-        if not NOISE.search(chunk):
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.flush()
+        sys.stdout.buffer.writelines(line for line in chunk.splitlines(keepends=True) if not NOISE.search(line))
+        sys.stdout.flush()
     return hints
 
 

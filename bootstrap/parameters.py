@@ -1,5 +1,7 @@
 """Check params.yaml before anything is computed: a wrong number in the last stage must not be found after an hour.
 
+usage: python -m bootstrap.parameters    prints nothing if all is well, else a line for each thing that is not
+
 Each stage checks its own section when it parses its command line. Before a stage runs, the others are made to do so too, if
 their section differs from the one in dvc.lock, which an earlier run has accepted.
 """
@@ -13,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from bootstrap.job import Job
+
 # An error is one line, without the usage of a command that nobody has typed.
 PARSE = """
 import argparse, importlib, sys
@@ -21,13 +25,15 @@ importlib.import_module(sys.argv[1]).parse_args(sys.argv[2:])
 """
 
 
-def check(running: str) -> None:
-    """Let the stages parse their sections of params.yaml, except the running one, which does so itself.
+def check(running: str = "") -> None:
+    """Check the folder of images, and let the stages parse their sections of params.yaml.
+
+    The running one is left out: it does so itself.
 
     Raises
     ------
     SystemExit
-        stages refuse their sections; with a line for each
+        there is no such folder, or stages refuse their sections; with a line for each
     """
     if not Path("dvc.yaml").exists():
         return  # a single stage, not one of a pipeline
@@ -38,8 +44,60 @@ def check(running: str) -> None:
     }
     said = {name: parser.communicate()[1].strip() for name, parser in parsers.items()}
     refused = [f"{name}: {said[name].splitlines()[-1]}" for name, parser in parsers.items() if parser.returncode]
+    refused += [f"images: {line}" for line in what_is_wrong_with(load("params.yaml").get("images"))]
     if refused:
         raise SystemExit("\n".join(f"params.yaml: {line}" for line in refused))
+
+
+def what_is_wrong_with(images: Any) -> list[str]:
+    """Say why a run cannot read the folder of images, and what to do; nothing if it can, or if a stage makes the folder."""
+    if not images or not isinstance(images, str):
+        return [f"{images!r} is no folder of images"]
+    outputs = {output for stage in load("dvc.yaml")["stages"].values() for output in stage.get("outs", [])}
+    if images in outputs or Path(images).is_dir():
+        return []
+    if images.startswith("~"):
+        return [f"DVC does not know what ~ is: write {Path(images).expanduser()}"]
+    if Path(f"{images}.dvc").exists():
+        return [f"{images} is not here, but DVC knows it: `dvc pull {shlex.quote(images)}` fetches it from the remote"]
+    return [f"there is no folder {images}. In a queue, an experiment has only what git or DVC tracks: see `dvc add`"]
+
+
+def look_up(places: list[str]) -> list[str]:
+    """Put in the place of each @NAME what params.yaml has under NAME.
+
+    Raises
+    ------
+    SystemExit
+        params.yaml has no such text
+    """
+    return [find_place(place[1:]) if place.startswith("@") else place for place in places]
+
+
+def find_place(name: str) -> str:
+    place = load("params.yaml").get(name)
+    if not isinstance(place, str):
+        raise SystemExit(f"submit: params.yaml has no folder under {name}, but {place!r}")
+    return place
+
+
+def check_unchanged(job: Job, environment: Mapping[str, str]) -> None:
+    """Check that params.yaml still has the parameters that DVC has started the stage with.
+
+    DVC reads params.yaml again when a stage has ended, and would record what it finds as the parameters of this output.
+
+    Raises
+    ------
+    SystemExit
+        it has others
+    """
+    section = load("params.yaml").get(job.name)
+    if environment.get("DVC_STAGE") == job.name and section is not None and flags(section) != job.flags:
+        raise SystemExit(
+            f"submit: params.yaml was changed while this run was at work: {job.name} has `{shlex.join(job.flags)}`, and now "
+            f"`{shlex.join(flags(section))}` is there. Perhaps somebody has started another `dvc exp run` in this folder; "
+            "beside a run, use `dvc exp run --queue`. Write the parameters that you want, and run again."
+        )
 
 
 def changed_commands() -> Iterator[tuple[str, list[str]]]:
@@ -66,3 +124,7 @@ def flags(section: Mapping[str, Any]) -> list[str]:
 def load(name: str) -> dict[str, Any]:
     path = Path(name)
     return dict(yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+
+
+if __name__ == "__main__":
+    check()

@@ -1,8 +1,10 @@
 """Write reports/runtime.json, which git keeps and `dvc metrics show` lists: what each stage took.
 
-usage: python -m bootstrap.runtime LOCK OUTPUT
+usage: python -m bootstrap.runtime LOCK EVALUATION CLASSIFIER PAGE OUTPUT
 
-reads   LOCK    dvc.lock of the run that ends
+reads   LOCK        dvc.lock of the run that ends
+        EVALUATION, CLASSIFIER  of which it prints the figures; in EVALUATION/summary.txt are more
+        PAGE        reports/report.html, if it is there: it may be the page of another run
 writes  OUTPUT  for each stage what it took and where; whether it was computed in this run or taken from the cache; the sums
 
 What a run took describes the run, not its results: so it is no output of DVC and never enters dvc.lock. Each stage that runs
@@ -29,12 +31,13 @@ OWN = "runtime"  # this stage's name
 
 
 def main(argv: list[str]) -> None:
-    lock, output = map(Path, argv)
+    lock, evaluation, classifier, page, output = map(Path, argv)
     archive = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/runtime")  # of all experiments
     archive.mkdir(parents=True, exist_ok=True)
     before = {stage["stage"]: stage for stage in read_record()}
-    entries = yaml.safe_load(lock.read_text())["stages"]
-    stages = [find_note(name, entry, archive, before.get(name)) for name, entry in entries.items() if name != OWN]
+    entries = read_lock(lock.read_text())
+    check_parameters(entries)
+    stages = [find_note(name, entry, archive, before.get(name)) for name, entry in entries.items()]
     # DVC shows no list among metrics: a diff of two runs has the sums, not a dozen lines for each stage.
     text = json.dumps({"run": add_up(stages), "stages": stages}, indent=2) + "\n"
     output.parent.mkdir(exist_ok=True)
@@ -43,6 +46,54 @@ def main(argv: list[str]) -> None:
     partial.rename(output)
     n_cached = sum(stage["is_cached"] for stage in stages)
     print(f"runtime: {len(stages) - n_cached} stages computed, {n_cached} taken from an earlier run")
+    print(f"runtime: {figures(evaluation, classifier)}; more in {evaluation}/summary.txt")
+    if not page.exists() or identify(entries) not in page.read_text():
+        print(f"runtime: `make report` writes {page}" + page.exists() * ", which is of another run now")
+
+
+def read_lock(text: str) -> dict[str, Any]:
+    """Return what a dvc.lock says of each stage, without this one's, which is set down after its end."""
+    stages = (yaml.safe_load(text) or {}).get("stages", {})
+    return {name: entry for name, entry in stages.items() if name != OWN}
+
+
+def identify(entries: Mapping[str, Any]) -> str:
+    """Name a run by all that determines it: 12 hexadecimal digits. Two runs that are the same have the same name."""
+    return digest_of([json.dumps(entries, sort_keys=True)])[:12]
+
+
+def parameters_of(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a run, as params.yaml has them: the section of each stage."""
+    return {name: entry["params"]["params.yaml"].get(name) for name, entry in entries.items() if "params" in entry}
+
+
+def check_parameters(entries: Mapping[str, Any]) -> None:
+    """Check that the run has the parameters of params.yaml; another `dvc exp run` in this folder changes them meanwhile.
+
+    Raises
+    ------
+    SystemExit
+        it has others; with the names of the sections
+    """
+    now = yaml.safe_load(Path("params.yaml").read_text())
+    changed = [name for name, section in parameters_of(entries).items() if section != now.get(name)]
+    if changed:
+        raise SystemExit(
+            f"runtime: params.yaml was changed while this run was at work: {', '.join(changed)}. Perhaps somebody has "
+            "started another `dvc exp run` in this folder; beside a run, use `dvc exp run --queue`. Write the parameters "
+            "that you want, and run again."
+        )
+
+
+def figures(evaluation: Path, classifier: Path) -> str:
+    """Say in a line how good the run is."""
+    found = json.loads((evaluation / "metrics.json").read_text())
+    words = [f"{found['images']['images']:,} images, k = {found['variance']['components']}"]
+    if nearest := found.get("nearest_neighbour"):
+        words += [f"nearest neighbour {nearest['embedding']:.1%} (all features {nearest['features']:.1%})"]
+    if recognition := json.loads((classifier / "metrics.json").read_text()).get("recognition"):
+        words += [f"recognised {recognition['accuracy']:.1%}"]
+    return ", ".join(words)
 
 
 def find_note(name: str, entry: Mapping[str, Any], archive: Path, before: Mapping[str, Any] | None) -> dict[str, Any]:

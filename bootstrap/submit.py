@@ -2,7 +2,8 @@
 
 usage: python -m bootstrap.submit [--dry_run] PROGRAM STAGE INPUT... OUTPUT [--FLAG VALUE ...]
 
-PROGRAM is spark-submit or python. All that follows STAGE is the stage's own command line. Before it starts, the parameters
+PROGRAM is spark-submit or python. All that follows STAGE is the stage's own command line. An INPUT @NAME is the place that
+params.yaml has under NAME: there, a place may have any name, and no shell reads it. Before the stage starts, the parameters
 of every stage are checked. While it works, no other run writes beside OUTPUT. The stage writes to a path of its own, which
 becomes OUTPUT only when the stage has ended well. What it took is noted for reports/runtime.json. The exit status is that of
 the stage.
@@ -38,7 +39,8 @@ TARGETS = {
 
 def main(argv: list[str]) -> int:
     dry_run = argv[:1] == ["--dry_run"]
-    job = parse(argv[dry_run:])
+    asked = parse(argv[dry_run:])
+    job = asked._replace(inputs=parameters.look_up(asked.inputs))
     runner = find_runner(job, os.environ)
     if dry_run:
         print(shlex.join(runner.command(job)))
@@ -46,9 +48,10 @@ def main(argv: list[str]) -> int:
     parameters.check(job.name)
     with workplace(job) as (partial, lock):
         outcome = runner.run(job, partial, lock)
+        parameters.check_unchanged(job, os.environ)
         publish(job, partial, is_sound=outcome.status == 0)
     if outcome.status == 0:
-        runtime.record(job, outcome.settle())
+        runtime.record(asked, outcome.settle())
     elif outcome.message:
         raise SystemExit(outcome.message)
     return outcome.status

@@ -4,7 +4,7 @@ usage: python -m reports.report [--suspects SUSPECTS] INGESTED SPLIT REDUCED CLA
 
 reads   INGESTED/images, INGESTED/quarantine, SPLIT/images, REDUCED/embeddings, CLASSIFIER, EVALUATION
         SUSPECTS, if it is given and there
-        and, through DVC, the charts of dvc.yaml and the experiments of this commit
+        and, through DVC, the charts of dvc.yaml and the experiments of this commit; dvc.lock, to say which run this is
 writes  OUTPUT  one HTML file, which opens without a network
 
 With revisions (commits, branches, tags, experiments) the charts show their runs beside that of the workspace. This is no
@@ -32,6 +32,7 @@ import pyarrow.dataset as ds
 import vl_convert
 from PIL import Image, ImageOps
 
+from bootstrap import runtime
 from stages.analysis import RECOGNISERS, SPACES, count_confusions, leak_warning, most_confused, read
 
 LABELLED = ("label", "image_id", "path")
@@ -141,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     text = templates.get_template("report.html.jinja").render(
         metrics=[(text.format(metrics[name]), name, said) for name, text, said in METRICS if name in metrics],
         warning=leak_warning(found),
+        **describe_run(),
         n_images=metrics["images.images"],
         n_labels=metrics["images.labels"],
         k=metrics["variance.components"],
@@ -160,6 +162,31 @@ def main(argv: list[str] | None = None) -> None:
     partial.write_text(text)
     partial.rename(args.output)
     print(f"report: {args.output}, {len(text) / 2**20:.1f} MB")
+
+
+def describe_run() -> dict[str, str]:
+    """Name the run of dvc.lock, and say how it differs from that of the last commit."""
+    entries = runtime.read_lock(Path("dvc.lock").read_text())
+    commit, committed = git("rev-parse", "--short", "HEAD").strip(), runtime.read_lock(git("show", "HEAD:dvc.lock"))
+    run = runtime.identify(entries)
+    if runtime.identify(committed) == run:
+        return {"run": run, "said_of_run": f"the run of commit {commit}"}
+    now, then = (
+        {
+            f"{stage}.{name}": value
+            for stage, section in runtime.parameters_of(each).items()
+            for name, value in section.items()
+        }
+        for each in (entries, committed)
+    )
+    changed = [f"{name} is {value}, not {then[name]}" for name, value in now.items() if name in then and value != then[name]]
+    difference = "; ".join(changed) if changed else "with the same parameters, on other images or by other code"
+    return {"run": run, "said_of_run": f"a run that is not that of commit {commit}: {difference}"}
+
+
+def git(*command: str) -> str:
+    """Return what git prints; nothing if it fails, as where nobody has committed a run."""
+    return subprocess.run(["git", *command], capture_output=True, text=True).stdout
 
 
 def charts(revisions: list[str]) -> dict[str, dict[str, Any]]:
@@ -279,12 +306,15 @@ def count_refused(quarantine: str) -> dict[str, Any]:
 
 def experiments() -> list[list[str]]:
     """List the runs of this commit that DVC knows, with the columns of EXPERIMENTS: the workspace's, then by k."""
-    # DVC gives "!" for what it cannot read, such as metrics of the commit that nobody pushed or pulled.
-    workspace, *others = ({key: value for key, value in run.items() if value != "!"} for run in dvc.api.exp_show())
+    # DVC gives "!" for what it cannot read, such as metrics of the commit that nobody pushed or pulled, and the text "None"
+    # for what a run does not have and others do.
+    workspace, *others = (
+        {key: value for key, value in run.items() if value not in ("!", "None")} for run in dvc.api.exp_show()
+    )
     others.sort(key=lambda run: run.get("variance.components") or 0)
     return [
         [
-            run["Experiment"] or run["rev"],
+            run.get("Experiment") or run["rev"],
             *("-" if run.get(key) is None else text.format(run[key]) for key, _, text in EXPERIMENTS),
         ]
         for run in [workspace, *others][:ROWS]

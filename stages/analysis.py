@@ -114,7 +114,7 @@ def train_and_test(sample: pd.DataFrame, test_fold: int) -> tuple[np.ndarray, np
 def in_both_folds(stage: str, n_steps: int, measure: Callable[[int, tqdm], Any]) -> list[Any]:
     """Measure on each fold, side by side, with a progress bar of n_steps for each of the two."""
     # One thread for each fold, and one of BLAS in it: the last bits of a result depend on the number of BLAS's threads.
-    steps = tqdm(total=2 * n_steps, desc=stage, disable=None)  # on a terminal only
+    steps = tqdm(total=2 * n_steps, desc=stage)
     with threadpool_limits(1), ThreadPoolExecutor() as pool, steps:
         return list(pool.map(lambda fold: measure(fold, steps), (0, 1)))
 

@@ -150,9 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output.mkdir()
     render = functools.partial(write_label, folder=args.output, frames=args.frames, size=args.size, seed=args.seed)
     with ProcessPoolExecutor() as pool:
-        labels = tqdm(
-            pool.map(render, CATALOGUE), "sample", len(CATALOGUE), unit="label", disable=None
-        )  # on a terminal only
+        labels = tqdm(pool.map(render, CATALOGUE), "sample", len(CATALOGUE), unit="label")
         written = sum(labels)
     print(f"sample: {written:,} images of {len(CATALOGUE)} labels")
 

@@ -21,7 +21,7 @@ STAGES = sorted({*PIPELINE} - {"runtime"})  # which describes a run, and is no f
 def command(stage: str) -> list[str]:
     """The words of a stage's command, from the name of its file on, with its section of params.yaml as one word."""
     words = shlex.split(PIPELINE[stage]["cmd"])
-    return words[words.index(f"stages/{stage}.py") :]
+    return ["${images}" if word == "@images" else word for word in words[words.index(f"stages/{stage}.py") :]]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,5 +1,6 @@
 """java.py: which Java is refused, and the archive of Spark's classes."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_no_java_is_said_with_what_to_install(tmp_path: Path, monkeypatch: pytes
 def test_the_first_run_makes_the_archive_of_classes_that_the_next_ones_share(dvc_root: dict[str, str]) -> None:
     archive = make_archive(dvc_root, "17.0.15")
     with java.class_archive(dvc_root, "17.0.15") as options:
-        assert options.split()[0] == f"-XX:SharedArchiveFile={archive}"
+        assert shlex.split(options)[0] == f"-XX:SharedArchiveFile={archive}"
 
 
 def test_the_archive_of_another_java_is_replaced(dvc_root: dict[str, str]) -> None:
@@ -48,7 +49,7 @@ def test_the_archive_of_another_java_is_replaced(dvc_root: dict[str, str]) -> No
 def test_a_run_that_was_killed_leaves_no_part_of_an_archive(dvc_root: dict[str, str], tmp_path: Path) -> None:
     def killed() -> None:
         with java.class_archive(dvc_root, "17.0.15") as options:
-            Path(options.split()[0].removeprefix("-XX:ArchiveClassesAtExit=")).write_bytes(b"half")
+            Path(shlex.split(options)[0].removeprefix("-XX:ArchiveClassesAtExit=")).write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

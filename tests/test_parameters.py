@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from dvc.parsing import interpolate
+from dvc.utils.serialize import modify_yaml
 
 from bootstrap import parameters, submit
 from tests.helpers import PARAMS, PIPELINE, ROOT
@@ -80,6 +81,60 @@ def test_a_parameter_that_no_stage_knows_is_refused(repository: Path) -> None:
 def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> None:
     (repository / "stages").unlink()  # nor could it be
     parameters.check("sample")
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (
+            "data/mine",
+            "there is no folder data/mine. In a queue, an experiment has only what git or DVC tracks: see `dvc add`",
+        ),
+        (
+            "data/their's",
+            "data/their's is not here, but DVC knows it: `dvc pull 'data/their'\"'\"'s'` fetches it from the remote",
+        ),
+        ("~/photographs", f"DVC does not know what ~ is: write {Path.home()}/photographs"),
+        (None, "None is no folder of images"),
+    ],
+)
+def test_a_folder_of_images_that_is_not_there_is_said_with_what_to_do(
+    images: str | None, said: str, repository: Path
+) -> None:
+    (repository / "data").mkdir()
+    (repository / "data/their's.dvc").touch()
+    assert parameters.what_is_wrong_with(images) == [said]
+
+
+def test_the_folder_of_images_is_checked_before_a_stage_begins(repository: Path) -> None:
+    (repository / "params.yaml").write_text("images: data/mine")
+    with pytest.raises(SystemExit, match=r"^params\.yaml: images: there is no folder data/mine\."):
+        parameters.check("sample")
+
+
+@pytest.mark.parametrize("name", ["my photos", "R&D", "fruits (1)", "l'été", '"best"', "$HOME", "~", "a;b", "100 %"])
+def test_a_folder_of_images_of_any_name_reaches_the_stage(name: str, repository: Path) -> None:
+    (repository / "params.yaml").write_text(yaml.safe_dump({"images": f"data/{name}"}))
+    assert parameters.look_up(["@images", "data/ingested"]) == [f"data/{name}", "data/ingested"]
+    assert PIPELINE["ingest"]["deps"][1] == "${images}"  # which no shell reads
+    assert [stage for stage in PIPELINE if "${images}" in str(PIPELINE[stage]["cmd"])] == []
+
+
+def test_parameters_that_were_changed_while_a_stage_was_at_work_end_it_in_one_sentence(repository: Path) -> None:
+    job = submit.parse(["python", "stages/sample.py", "in", "data/sample", *parameters.flags(PARAMS["sample"])])
+    parameters.check_unchanged(job, {"DVC_STAGE": "sample"})
+    change(repository, "sample", frames=7)
+    parameters.check_unchanged(job, {})  # started by hand, with whatever parameters
+    with pytest.raises(SystemExit, match=r"sample has `--frames 36 .*`, and now `--frames 7 .*` is there"):
+        parameters.check_unchanged(job, {"DVC_STAGE": "sample"})
+
+
+def test_dvc_writes_params_yaml_as_it_is(repository: Path) -> None:
+    # So that an experiment changes the lines of its parameters, and no other.
+    before = (repository / "params.yaml").read_text()
+    with modify_yaml(repository / "params.yaml") as params:
+        params["reduce"]["k"] = 64
+    assert (repository / "params.yaml").read_text() == before
 
 
 def test_flags_are_what_dvc_makes_of_a_section() -> None:

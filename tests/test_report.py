@@ -20,6 +20,7 @@ import yaml
 from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 
+from bootstrap import runtime
 from reports import report
 from tests.helpers import ROOT, make_images, run_classify, run_evaluate, write, write_inputs
 
@@ -45,7 +46,7 @@ def write_run(folder: Path, images: pd.DataFrame, k: int = 3, refused: tuple[str
     (folder / "reports").mkdir()
     run_evaluate(inputs, folder / "reports/evaluation", max_loss=1)  # by which a k is enough
     run_classify(folder / "data")
-    for name in ("dvc.yaml", "params.yaml"):
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
         shutil.copy(ROOT / name, folder)
     for command in (
         "git init -q -b main",
@@ -177,6 +178,20 @@ def test_with_a_revision_a_chart_has_both_runs(title: str, folder: Path) -> None
     assert "NaN" not in vl_convert.vegalite_to_svg(chart)
 
 
+def test_a_page_says_which_run_it_shows(tmp_path: Path) -> None:
+    places = write_run(tmp_path, make_images())
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert f"This page shows the run of commit {commit}." in make_page(tmp_path, places)
+    lock = yaml.safe_load((tmp_path / "dvc.lock").read_text())
+    lock["stages"]["reduce"]["params"]["params.yaml"]["reduce"]["k"] = 16
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
+    page = make_page(tmp_path, places)
+    assert f"This page shows a run that is not that of commit {commit}: reduce.k is 16, not 64." in page
+    assert f'<meta name="run" content="{runtime.identify(runtime.read_lock(yaml.safe_dump(lock)))}">' in page
+
+
 def test_an_unknown_revision_ends_it_with_a_message(folder: Path) -> None:
     with pytest.raises(SystemExit, match="no-such-revision"):
         make_page(folder, PLACES, "no-such-revision")
@@ -257,6 +272,24 @@ def test_a_run_whose_metrics_dvc_does_not_have_is_listed_without_figures(monkeyp
     here = {"Experiment": None, "rev": "workspace", "reduce.k": 3.0, "variance.components": 3.0}
     monkeypatch.setattr(report.dvc.api, "exp_show", lambda: [here, lost])
     assert [row[:4] for row in report.experiments()] == [["workspace", "3", "-", "3"], ["main", "3", "-", "-"]]
+
+
+def test_an_experiment_without_accuracies_is_listed_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path, make_images())
+    with_accuracies = (tmp_path / "reports/evaluation/metrics.json").read_text()
+    found = {"variance": json.loads(with_accuracies)["variance"]}
+    (tmp_path / "without.json").write_text(json.dumps(found))
+    stage = {"cmd": "cp without.json reports/evaluation/metrics.json", "params": ["reduce.k"]}
+    metrics = [{"reports/evaluation/metrics.json": {"cache": False}}]
+    pipeline = {"stages": {"evaluate": stage | {"metrics": metrics}}}
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(pipeline))
+    (tmp_path / ".gitignore").write_text("")
+    for command in ("git add --all", "git commit -q -m pipeline", "dvc exp run -q -S reduce.k=2 -n without"):
+        subprocess.run(command.split(), cwd=tmp_path, check=True)
+    (tmp_path / "reports/evaluation/metrics.json").write_text(with_accuracies)
+    monkeypatch.chdir(tmp_path)
+    columns = dict(zip([heading for _, heading, _ in report.EXPERIMENTS], report.experiments()[-1][1:], strict=True))
+    assert (report.experiments()[-1][0], columns["nearest neighbour"], columns["k"]) == ("without", "-", "3")
 
 
 def test_a_page_of_a_run_that_leaks_begins_with_a_warning(tmp_path: Path) -> None:

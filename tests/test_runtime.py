@@ -25,6 +25,12 @@ EMR = {
     "euros_waited": 0.1,
 }
 
+EVALUATION = {
+    "images": {"images": 1008},
+    "variance": {"components": 64},
+    "nearest_neighbour": {"embedding": 0.932, "features": 0.933},
+}
+
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -33,6 +39,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write("in/features", image_id=["a", "b"])
     write("out/embeddings", image_id=["a", "b", "c", "d"])
     write("out/model", feature=list(range(1280)))
+    (tmp_path / "params.yaml").write_text("reduce:\n  k: 64\n")
+    for name, figures in (("evaluation", EVALUATION), ("classifier", {"recognition": {"accuracy": 0.9}})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(figures))
     return tmp_path
 
 
@@ -51,11 +61,12 @@ def lock(**commands: str) -> dict[str, Any]:
 def end_run(**commands: str) -> dict[str, Any]:
     """Let a run end that has these stages in its dvc.lock; its record, the stages by name."""
     lock(**commands)
-    runtime.main(["dvc.lock", "reports/runtime.json"])
+    runtime.main(PLACES)
     record = json.loads(Path("reports/runtime.json").read_text())
     return record | {"stages": {stage["stage"]: stage for stage in record["stages"]}}
 
 
+PLACES = ["dvc.lock", "evaluation", "classifier", "report.html", "reports/runtime.json"]
 REDUCE = "spark-submit stages/reduce.py in out --k"
 
 
@@ -151,3 +162,32 @@ def test_an_estimate_grows_with_images_and_shrinks_with_cores() -> None:
 
 def test_without_an_earlier_run_there_is_no_estimate() -> None:
     assert runtime.estimate(JOB, cores=8) is None
+
+
+def test_a_run_ends_with_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    end_run(reduce=f"{REDUCE} 64")
+    said = "1,008 images, k = 64, nearest neighbour 93.2% (all features 93.3%), recognised 90.0%"
+    assert said in capsys.readouterr().out
+
+
+def test_a_run_without_accuracies_ends_with_the_figures_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("evaluation/metrics.json").write_text(json.dumps(EVALUATION | {"nearest_neighbour": None}))
+    Path("classifier/metrics.json").write_text("{}")
+    end_run(reduce=f"{REDUCE} 64")
+    assert "1,008 images, k = 64; more in evaluation/summary.txt" in capsys.readouterr().out
+
+
+def test_a_page_of_another_run_is_said_to_be_so(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("report.html").write_text(f'<meta name="run" content="{runtime.identify(lock(reduce=f"{REDUCE} 64"))}">')
+    end_run(reduce=f"{REDUCE} 64")
+    before = capsys.readouterr().out
+    end_run(reduce=f"{REDUCE} 8")
+    assert ("another run" in before, "report.html, which is of another run now" in capsys.readouterr().out) == (False, True)
+
+
+def test_parameters_that_were_changed_while_the_run_was_at_work_end_it_in_one_sentence() -> None:
+    stages = {"reduce": {"cmd": f"{REDUCE} 8", "params": {"params.yaml": {"reduce": {"k": 8}}}}}
+    Path("dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
+    with pytest.raises(SystemExit, match=r"params\.yaml was changed while this run was at work: reduce\."):
+        runtime.main(PLACES)
+    assert not Path("reports").exists()

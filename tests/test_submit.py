@@ -178,5 +178,5 @@ def test_the_status_and_the_reason_of_what_ended_badly(
     code: str, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with job.lock_folder(tmp_path) as lock:
-        assert local.call([sys.executable, "-c", code], os.environ, lock, is_filtered=True) == status
+        assert local.call([sys.executable, "-c", code], os.environ, lock) == status
     assert said in capsys.readouterr().err

@@ -1,0 +1,42 @@
+"""Say what the feature cache holds: a line for each network, size of images, batch size and precision.
+
+usage: python -m reports.cache FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+HEADINGS = ("network", "pixels", "batch", "precision", "images", "MB", "folder")
+
+
+def main(argv: list[str]) -> None:
+    (cache,) = map(Path, argv)
+    lines = [describe(about.parent) for about in sorted(cache.glob("*/about.json"))]
+    if not lines:
+        print(f"cache: {cache} holds no features")
+        return
+    widths = [max(map(len, column)) for column in zip(HEADINGS, *lines, strict=True)]
+    for line in (HEADINGS, *lines):
+        print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())
+
+
+def describe(folder: Path) -> tuple[str, ...]:
+    """Describe the features of one folder of the cache, in the order of HEADINGS, without what is being written."""
+    about = json.loads((folder / "about.json").read_text())
+    backbone, files = about["backbone"], [path for path in folder.rglob("*.parquet") if not path.name.startswith((".", "_"))]
+    return (
+        backbone["name"] if backbone["weights"] == "imagenet" else f"{backbone['name']}, {backbone['weights']}",
+        f"{backbone['pixels']['width']} x {backbone['pixels']['height']}",
+        str(about["batch_size"]),
+        about["precision"],
+        f"{sum(pq.read_metadata(path).num_rows for path in files):,}",
+        f"{sum(path.stat().st_size for path in files) / 1e6:,.1f}",
+        folder.name[:8],
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

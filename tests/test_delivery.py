@@ -1,0 +1,225 @@
+"""delivery.py: what is said of a delivery, and what is taken in; sha256sum's bytes are the oracle."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+from reports import delivery
+from tests.helpers import ROOT
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A new repository of DVC's with the pipeline's parameters."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("dvc.yaml", "params.yaml", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+    monkeypatch.chdir(folder)
+    Repo.init().close()
+    shutil.copy(ROOT / ".dvc/config", folder / ".dvc/config")
+    return folder
+
+
+@pytest.fixture
+def brought(tmp_path: Path, image_bytes: Callable[..., bytes]) -> Path:
+    """A delivery: three photographs of two labels, one that is cut, one text, one hidden file."""
+    folder = tmp_path / "brought"
+    contents = {
+        "Apple/1.jpg": image_bytes(seed=1),
+        "Apple/2.png": image_bytes("PNG", size=(60, 40), seed=2),
+        "deep/Plum/31_100.jpg": image_bytes(seed=3),
+        "Plum/cut.jpg": image_bytes(seed=4)[:200],
+        "Plum/notes.txt": b"taken on Monday",
+        "Plum/.DS_Store": b"\0",
+    }
+    for path, content in contents.items():
+        write(folder / path, content)
+    return folder
+
+
+def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+PHOTOGRAPHS = ("Apple/1.jpg", "Apple/2.png", "deep/Plum/31_100.jpg")
+
+
+def test_what_is_in_a_delivery_is_said(repository: Path, brought: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    delivery.main(["--look", str(brought)])
+    said = capsys.readouterr().out
+    size = sum((brought / path).stat().st_size for path in PHOTOGRAPHS)
+    assert f"brought: 3 photographs of 2 labels, {size / 1e6:,.1f} MB" in said
+    assert "formats   JPEG 2, PNG 1; 30 x 20 to 60 x 40 pixels" in said
+    assert "labels    Apple 2, Plum 1" in said
+    assert "films     2 names tell no film" in said
+    assert "refused   1 truncated:\n            Plum/cut.jpg: " in said
+    assert "ignored   2 that are no photographs: .DS_Store 1, .txt 1" in said
+
+
+def test_a_look_takes_nothing_in(repository: Path, brought: Path) -> None:
+    before = content_of(brought)
+    delivery.main(["--look", str(brought)])
+    assert (content_of(brought), (repository / "data").exists()) == (before, False)
+
+
+def test_photographs_are_taken_in_byte_for_byte_and_nothing_else_is(repository: Path, brought: Path) -> None:
+    before = content_of(brought)
+    delivery.main([str(brought)])
+    assert content_of(repository / "data/mine") == {path: before[path] for path in PHOTOGRAPHS}
+    assert content_of(brought) == before
+    assert [path.name for path in (repository / "data").iterdir() if path.name.endswith("partial")] == []
+
+
+def test_dvc_tracks_what_was_taken_in(repository: Path, brought: Path) -> None:
+    delivery.main([str(brought)])
+    with Repo() as repo:
+        assert repo.data_status(untracked_files="no")["uncommitted"] == {}
+    assert yaml.safe_load((repository / "data/mine.dvc").read_text())["outs"][0]["nfiles"] == len(PHOTOGRAPHS)
+
+
+def test_it_ends_with_the_next_commands(repository: Path, brought: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    delivery.main([str(brought)])
+    assert "Next:  git add data/mine.dvc && git commit" in (said := capfd.readouterr().out)
+    assert "dvc exp run -S images=data/mine" in said
+
+
+def test_by_default_a_delivery_goes_where_the_pipeline_reads(repository: Path, brought: Path) -> None:
+    params = (repository / "params.yaml").read_text().replace("images: data/sample", "images: data/all of them")
+    (repository / "params.yaml").write_text(params)
+    delivery.main([str(brought)])
+    assert len(content_of(repository / "data/all of them")) == len(PHOTOGRAPHS)
+
+
+def test_another_file_of_the_same_name_is_never_written_over(
+    repository: Path, brought: Path, image_bytes: Callable[..., bytes]
+) -> None:
+    for content in (b"of another size", bytes((brought / "Apple/1.jpg").stat().st_size)):
+        write(repository / "data/mine/Apple/1.jpg", content)
+        before = content_of(repository)
+        with pytest.raises(
+            SystemExit, match=r"^Nothing is taken in: Apple/1\.jpg is in data/mine already, with other content"
+        ):
+            delivery.main([str(brought)])
+        assert content_of(repository) == before
+
+
+def test_what_is_there_already_is_said_and_not_copied_again(
+    repository: Path, brought: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delivery.main([str(brought)])
+    written = os.stat("data/mine/Apple/1.jpg").st_mtime_ns
+    shutil.copy(brought / "Apple/1.jpg", brought / "Apple/again.jpg")
+    shutil.copy(brought / "Apple/2.png", brought / "Plum/2.png")
+    delivery.main([str(brought)])
+    said = capsys.readouterr().out
+    assert "known     3 are in data/mine already\n" in said
+    assert "known     2 are in data/mine under another name\n" in said
+    assert (
+        "known     1 are in data/mine under another label: one of the two is wrong\n            Plum/2.png = Apple/2.png"
+        in said
+    )
+    assert "2 photographs are in data/mine now" in said
+    assert os.stat("data/mine/Apple/1.jpg").st_mtime_ns == written
+
+
+def test_labels_that_the_collection_does_not_have_are_said(
+    repository: Path, brought: Path, image_bytes: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    delivery.main([str(brought)])
+    write(brought / "Kiwi/1.jpg", image_bytes(seed=9))
+    delivery.main([str(brought)])
+    assert "new       labels that data/mine does not have: Kiwi\n" in capsys.readouterr().out
+
+
+def test_a_copy_that_fails_half_way_leaves_nothing(repository: Path, brought: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[Any] = []
+
+    def copy_two(source: Path, target: Path) -> None:
+        if len(copies) == 2:
+            raise OSError(28, "No space left on device")
+        copies.append(target.write_bytes(source.read_bytes()))
+
+    monkeypatch.setattr(delivery.shutil, "copyfile", copy_two)
+    with pytest.raises(OSError, match="No space left"):
+        delivery.main([str(brought)])
+    assert content_of(repository / "data") == {}
+
+
+@pytest.mark.parametrize("name", ["up", "Apple/3.jpg"])
+def test_a_link_is_refused_by_name(name: str, repository: Path, brought: Path) -> None:
+    (brought / name).symlink_to("..")
+    with pytest.raises(SystemExit, match=rf"brought, {name} is a link to elsewhere: put there what it links to"):
+        delivery.main([str(brought)])
+
+
+def test_photographs_without_a_label_are_refused_by_name(
+    repository: Path, brought: Path, image_bytes: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(brought / "bare.jpg", image_bytes(seed=5))
+    delivery.main(["--look", str(brought)])
+    assert "refused   1 no_label:\n            bare.jpg: it is in no folder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "into", "said"),
+    [
+        ("../nowhere", "data/mine", "is no folder. Say which one"),
+        ("../brought/Apple", "data/mine", "has no folders for the labels"),
+        ("../brought", "data/sample", "belongs to the pipeline"),
+        ("../brought", "../brought/Apple", "lie one in the other"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(folder: str, into: str, said: str, repository: Path, brought: Path) -> None:
+    before = content_of(repository)
+    with pytest.raises(SystemExit, match=said):
+        delivery.main([folder, "--into", into])
+    assert content_of(repository) == before
+
+
+def test_an_old_commit_still_checks_out_its_own_picture(
+    repository: Path, brought: Path, image_bytes: Callable[..., bytes]
+) -> None:
+    # Whoever writes over a file of the workspace must not write into DVC's cache.
+    delivery.main([str(brought)])
+    before = content_of(repository / "data/mine")
+    dvc_file = (repository / "data/mine.dvc").read_text()
+    for command in (
+        "rm -r data/mine",
+        "dvc checkout --quiet data/mine.dvc",
+        "cp ../brought/Apple/2.png data/mine/Apple/1.jpg",
+        "dvc add --quiet data/mine",
+    ):
+        subprocess.run(command.split(), check=True)
+    (repository / "data/mine.dvc").write_text(dvc_file)
+    subprocess.run(["dvc", "checkout", "--quiet", "data/mine.dvc"], check=True)
+    assert content_of(repository / "data/mine") == before
+
+
+@pytest.mark.parametrize("name", ["data/mine", "data/my photos", "R&D", "fruits (1)", "l'été", "a,b=c", "x:[y]"])
+def test_the_command_of_the_experiment_gives_dvc_the_name_of_the_folder(name: str, repository: Path) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    command = subprocess.run(
+        ["sh", "-c", f"printf '%s\\n' {delivery.experiment(Path(name)).removeprefix('dvc exp run -S ')}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    apply_overrides(repository / "params.yaml", [command.stdout.rstrip("\n")])
+    assert yaml.safe_load((repository / "params.yaml").read_text())["images"] == name
