@@ -21,7 +21,8 @@ the components explain little is no such photograph at all. That is its strangen
 
 What ships is fitted on all images. What the figures say is of others: all is fitted on one fold, PCA too, and tested on the
 other, then the other way round. A label may have one group only in each fold, so temperature and thresholds have no third
-one. They come from the test of one direction, and are judged in the other.
+one. They come from the test of one direction, and are judged in the other. What is said of unknown labels is of labels that
+neither PCA nor whitening nor exemplars have seen.
 
 Runs without Spark. A million images of k = 64 take some 7 GB; at most max_images are judged, chosen by SHA-256.
 """
@@ -29,7 +30,7 @@ Runs without Spark. A million images of k = 64 take some 7 GB; at most max_image
 import argparse
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ from stages.analysis import (
 )
 
 SPLIT = ("image_id", "path", "label", "group", "fold")
+LABELLED = ("label",)
 VECTORS = ("image_id", "features")
 EMBEDDINGS = ("image_id", "embedding")
 REDUCTION = ("k", "scale")
@@ -109,11 +111,13 @@ PREDICTIONS = pa.schema(
 )
 RELIABILITY = ("bin", "confidence", "accuracy", "n_images")
 COVERAGE = ("coverage", "accuracy", "probability")
-TEMPERATURES = (0.01, 1.0)  # of cosines: from nearly always sure to never
+TEMPERATURES = (0.01, 100.0)  # of cosines: from nearly always sure to never
+LEAST_STRANGENESS = 1e-3  # that is refused: where k keeps nearly all, it is only rounding
 BINS = 15  # of probabilities, equally wide (Guo et al. 2017, "On calibration of modern neural networks")
 COVERAGES = np.linspace(0.05, 1, 20)
 SUREST = 0.8
 PARTS = 5  # of the labels, each left out in turn
+LABELS = 2  # tested, at least, for a probability to mean anything
 TRUE_POSITIVES = 0.95  # at which false ones are counted
 LEAST_VARIANCE = 1e-6  # of the largest
 ITERATIONS = 20  # of k-means; it has long ended
@@ -128,6 +132,14 @@ class Head(NamedTuple):
     n_exemplars: np.ndarray  # int, (n_labels,): of each label, one at least
 
 
+class LeftOut(NamedTuple):
+    """Of the images of one fold, by what was fitted on the other without some labels."""
+
+    similarity: np.ndarray  # float64, (n_images,), the largest
+    strangeness: np.ndarray  # float64, (n_images,)
+    is_unknown: np.ndarray  # bool, (n_images,): its label was left out
+
+
 class Scores(NamedTuple):
     """Of the images of one fold, by what was fitted on the other."""
 
@@ -135,7 +147,7 @@ class Scores(NamedTuple):
     labels: np.ndarray  # str, (n_labels,), those of the other fold
     similarities: np.ndarray  # float64, (n_images, n_labels)
     strangeness: np.ndarray  # float64, (n_images,)
-    left_out: list[tuple[np.ndarray, np.ndarray]]  # largest similarities of known and of unknown images, for each part
+    left_out: list[LeftOut]
 
 
 class Calibration(NamedTuple):
@@ -161,14 +173,14 @@ def main(argv: list[str] | None = None) -> None:
     metrics: dict[str, Any] = {"images": 0, "labels": 0}
     shipped = None
     predictions = PREDICTIONS.empty_table().to_pandas()
-    if len(scores) == 2:
+    if sum(each.images["label"].nunique() for each in scores) >= 2 * LABELS:
         calibrations = [calibrate([other], args.keep) for other in reversed(scores)]
         judged = [judge(*each) for each in zip(scores, calibrations, strict=True)]
         predictions = pd.concat(judged).sort_values("path", ignore_index=True)
         shipped = calibrate(scores, args.keep)
         metrics = measure(predictions) | unknown(scores, calibrations)
         tables |= {"reliability": reliability(predictions), "coverage": coverage(predictions)}
-    labels = images["label"].unique()
+    labels = read(f"{args.split}/images", LABELLED)["label"].unique().to_pylist()
     tables["labels"] = recalls(predictions, predictions, labels).merge(
         predictions.groupby("label")["is_kept"].mean().round(4).rename("kept"), on="label", how="left"
     )
@@ -231,12 +243,46 @@ def score_fold(
     for part in range(PARTS):
         is_unknown = np.isin(labels, head.labels[part::PARTS])
         if is_unknown[is_test].any() and not is_unknown[is_test].all():
-            others = fit(embedding[is_train & ~is_unknown], labels[is_train & ~is_unknown], args.exemplars, args.shrinkage)
-            nearest = compare(embedding[is_test], others).max(axis=1)
-            left_out.append((nearest[~is_unknown[is_test]], nearest[is_unknown[is_test]]))
+            learnt = is_train & ~is_unknown
+            rest = without(moments[1 - test_fold], measure_moments(args.features, images["image_id"][is_train & is_unknown]))
+            reduced, unexplained = embed(args.features, images["image_id"], fit_basis(rest, scale, k))
+            nearest = compare(reduced[is_test], fit(reduced[learnt], labels[learnt], args.exemplars, args.shrinkage))
+            left_out.append(LeftOut(nearest.max(axis=1), unexplained[is_test], is_unknown[is_test]))
         steps.update()
     tested = images.loc[is_test, ["path", "label", "group", "fold"]].reset_index(drop=True)
     return Scores(tested, head.labels, similarities, strangeness[is_test], left_out)
+
+
+def measure_moments(features: str, image_ids: pd.Series) -> Moments:
+    """Compute the moments of the features of these images, copies too, as the stage covariance has them."""
+    wanted = pd.Index(image_ids)
+    parts = (values[here >= 0].astype(np.float64) for here, values in batches(features, wanted))
+    n, total, products = (sum(each) for each in zip(*((len(x), x.sum(axis=0), x.T @ x) for x in parts), strict=True))
+    return Moments(n, np.asarray(total / n), products - np.outer(total, total) / n)
+
+
+def without(moments: Moments, part: Moments) -> Moments:
+    """Take some rows out of moments: the reverse of merging them (Chan, Golub and LeVeque 1983)."""
+    n = moments.n - part.n
+    shift = part.mean - moments.mean
+    scatter = moments.scatter - part.scatter - (part.n * moments.n / n) * np.outer(shift, shift)
+    return Moments(n, moments.mean - shift * (part.n / n), scatter)
+
+
+def batches(features: str, image_ids: pd.Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Read features, some rows at a time.
+
+    Yields
+    ------
+    the place of each row among the image_ids, int (n_rows,), -1 if it is none of them; and the rows, float32
+    (n_rows, n_features)
+    """
+    for batch in ds.dataset(features, format="parquet").to_batches(list(VECTORS), batch_size=8 * ROWS):
+        if len(batch):
+            yield (
+                image_ids.get_indexer(batch["image_id"].to_pylist()),
+                to_matrix(batch["features"].flatten().to_numpy(), len(batch)),
+            )
 
 
 def embed(features: str, image_ids: pd.Series, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
@@ -250,14 +296,11 @@ def embed(features: str, image_ids: pd.Series, basis: Basis) -> tuple[np.ndarray
     rows = pd.Index(image_ids)
     embedding = np.zeros((len(rows), len(basis.components)), np.float32)
     strangeness = np.zeros(len(rows))
-    for batch in ds.dataset(features, format="parquet").to_batches(list(VECTORS), batch_size=8 * ROWS):
-        if len(batch):
-            here = rows.get_indexer(batch["image_id"].to_pylist())
-            values = to_matrix(batch["features"].flatten().to_numpy(), len(batch))
-            embedding[here] = project(values, basis)
-            length = (((values - basis.mean) / basis.scale) ** 2).sum(axis=1)
-            explained = (embedding[here].astype(np.float64) ** 2).sum(axis=1)
-            strangeness[here] = 1 - explained / np.maximum(length, np.finfo(np.float32).tiny)
+    for here, values in batches(features, rows):
+        embedding[here] = project(values, basis)
+        length = (((values - basis.mean) / basis.scale) ** 2).sum(axis=1)
+        explained = (embedding[here].astype(np.float64) ** 2).sum(axis=1)
+        strangeness[here] = 1 - explained / np.maximum(length, np.finfo(np.float32).tiny)
     return embedding, strangeness
 
 
@@ -336,7 +379,8 @@ def calibrate(scores: Sequence[Scores], keep: float) -> Calibration:
     found = minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded")
     largest = np.concatenate([each.similarities.max(axis=1) for each in scores])
     strangeness = np.concatenate([each.strangeness for each in scores])
-    return Calibration(float(np.exp(found.x)), float(np.quantile(largest, 1 - keep)), float(np.quantile(strangeness, keep)))
+    max_strangeness = max(np.quantile(strangeness, keep), LEAST_STRANGENESS)
+    return Calibration(float(np.exp(found.x)), float(np.quantile(largest, 1 - keep)), float(max_strangeness))
 
 
 def judge(scores: Scores, calibration: Calibration) -> pd.DataFrame:
@@ -346,15 +390,21 @@ def judge(scores: Scores, calibration: Calibration) -> pd.DataFrame:
     predicted = similarities.argmax(axis=1)
     probabilities = np.exp(log_softmax(similarities / calibration.temperature, axis=1))
     own, largest = similarities[rows, truth], similarities[rows, predicted]
+    is_before = (similarities == own[:, None]) & (np.arange(len(scores.labels)) < truth[:, None])  # of equals, the first
     return scores.images.assign(
         predicted=scores.labels[predicted],
         probability=probabilities[rows, predicted],
-        rank=1 + (similarities > own[:, None]).sum(axis=1),
+        rank=1 + (is_before | (similarities > own[:, None])).sum(axis=1),
         squared_error=(probabilities**2).sum(axis=1) - 2 * probabilities[rows, truth] + 1,
         similarity=largest,
         strangeness=scores.strangeness,
-        is_kept=(largest >= calibration.min_similarity) & (scores.strangeness <= calibration.max_strangeness),
+        is_kept=accept(largest, scores.strangeness, calibration),
     )
+
+
+def accept(similarity: np.ndarray, strangeness: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """Tell which images neither threshold refuses: bool, (n_images,)."""
+    return (similarity >= calibration.min_similarity) & (strangeness <= calibration.max_strangeness)
 
 
 def measure(predictions: pd.DataFrame) -> dict[str, Any]:
@@ -363,22 +413,34 @@ def measure(predictions: pd.DataFrame) -> dict[str, Any]:
     by_group = is_hit.groupby(predictions["group"]).agg(["sum", "size"])
     draws = resample(by_group[["sum"]].to_numpy(), by_group["size"].to_numpy(), np.random.default_rng(0))
     low, high = np.quantile(draws, INTERVAL)
-    bins, curve = reliability(predictions), coverage(predictions).set_index("coverage")
-    off = (bins["confidence"] - bins["accuracy"]).abs()
+    curve = coverage(predictions).set_index("coverage")
+    by_fold = predictions.groupby("fold")
+    is_kept = predictions["is_kept"]
     return {
         "images": len(predictions),
         "labels": predictions["label"].nunique(),
         "accuracy": rounded(is_hit.mean()),
         "accuracy_low": rounded(low),
         "accuracy_high": rounded(high),
-        "macro_f1": rounded(f1_score(predictions["label"], predictions["predicted"], average="macro")),
+        "macro_f1": rounded(
+            f1_score(predictions["label"], predictions["predicted"], average="macro", labels=predictions["label"].unique())
+        ),
         "top_3": rounded((predictions["rank"] <= 3).mean()),
-        "ece": rounded(np.average(off, weights=bins["n_images"])),
+        "ece": rounded(calibration_error(predictions)),
+        "ece_in_worse_fold": rounded(max(calibration_error(own) for _, own in by_fold)),
         "brier": rounded(predictions["squared_error"].mean()),
         f"accuracy_of_surest_{SUREST:.0%}".rstrip("%"): rounded(curve.loc[SUREST, "accuracy"]),
-        "kept": rounded(predictions["is_kept"].mean()),
-        "kept_in_worse_fold": rounded(predictions.groupby("fold")["is_kept"].mean().min()),
+        "kept": rounded(is_kept.mean()),
+        "kept_in_worse_fold": rounded(by_fold["is_kept"].mean().min()),
+        "right": rounded((is_kept & is_hit).mean()),
+        "wrong": rounded((is_kept & ~is_hit).mean()),
     }
+
+
+def calibration_error(predictions: pd.DataFrame) -> float:
+    """Compute the mean distance of a bin's probability from how often its images are recognised."""
+    bins = reliability(predictions)
+    return float(np.average((bins["confidence"] - bins["accuracy"]).abs(), weights=bins["n_images"]))
 
 
 def reliability(predictions: pd.DataFrame) -> pd.DataFrame:
@@ -400,19 +462,18 @@ def coverage(predictions: pd.DataFrame) -> pd.DataFrame:
 
 
 def unknown(scores: Sequence[Scores], calibrations: Sequence[Calibration]) -> dict[str, Any]:
-    """Measure whether images of labels that are left out are told from others by their largest similarity.
+    """Measure whether images of labels that are left out are told from others.
 
-    auroc is the mean over what was left out; false_positives is the share of unknown images above the similarity that
-    TRUE_POSITIVES of the known ones reach; accepted, that above the threshold in use. Nothing if nothing can
-    be left out.
+    auroc is the mean over what was left out, by the largest similarity; false_positives is the share of unknown images above
+    the similarity that TRUE_POSITIVES of the known ones reach; accepted, that which neither threshold refuses. Nothing if
+    nothing can be left out.
     """
     areas, false, accepted = [], [], []
     for each, calibration in zip(scores, calibrations, strict=True):
-        for known, strange in each.left_out:
-            is_known = np.repeat([1, 0], [len(known), len(strange)])
-            areas.append(roc_auc_score(is_known, np.concatenate([known, strange])))
-            false.append(strange >= np.quantile(known, 1 - TRUE_POSITIVES))
-            accepted.append(strange >= calibration.min_similarity)
+        for similarity, strangeness, is_unknown in each.left_out:
+            areas.append(roc_auc_score(~is_unknown, similarity))
+            false.append(similarity[is_unknown] >= np.quantile(similarity[~is_unknown], 1 - TRUE_POSITIVES))
+            accepted.append(accept(similarity, strangeness, calibration)[is_unknown])
     if not areas:
         return {}
     return {
@@ -428,20 +489,24 @@ def unknown(scores: Sequence[Scores], calibrations: Sequence[Calibration]) -> di
 def say(metrics: dict[str, Any]) -> list[str]:
     if not metrics["images"]:
         return [
-            "Recognition: no label has images in both folds, so how sure it is cannot be measured, and nothing is refused."
+            "Recognition: how sure it is cannot be measured, as fewer than two labels have images in both folds; "
+            "nothing is refused"
         ]
+    n_untested = metrics["labels_untested"]
+    untested = f"; {n_untested:,} of {metrics['labels'] + n_untested:,} labels could not be tested" if n_untested else ""
     lines = [
         f"Recognition of photographs of groups that it has not seen: {metrics['accuracy']:.1%} "
-        f"(95 % interval {metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%})",
+        f"(95 % interval {metrics['accuracy_low']:.1%} to {metrics['accuracy_high']:.1%}{untested})",
         f"  the label is among the first three: {metrics['top_3']:.1%}; of the surest 80 %, right are "
         f"{metrics['accuracy_of_surest_80']:.1%}",
-        f"  its probabilities are {100 * metrics['ece']:.1f} points off, on average; "
-        f"{metrics['kept']:.1%} of known photographs are not refused",
+        f"  its probabilities are {100 * metrics['ece']:.1f} points off, on average "
+        f"({100 * metrics['ece_in_worse_fold']:.1f} in the worse fold)",
+        f"  of known photographs, {metrics['right']:.1%} get their label, {metrics['wrong']:.1%} another one, and "
+        f"{1 - metrics['kept']:.1%} are refused",
     ]
     if "unknown" in metrics:
-        lines.append(
-            f"  of labels that it was not shown, {metrics['unknown']['accepted']:.1%} are taken for one that it knows"
-        )
+        accepted = metrics["unknown"]["accepted"]
+        lines.append(f"  of labels that it was not shown, {accepted:.1%} are taken for one that it knows")
     return lines
 
 

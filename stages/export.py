@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     (output / "web" / "model.json").write_text(topology)
     (output / "web" / "weights.bin").write_bytes(weights)
     pq.write_table(photographs, output / "photographs.parquet")
-    n_images = ds.dataset(f"{args.ingested}/images", format="parquet").count_rows()
+    n_images = pc.count_distinct(read(f"{args.ingested}/images", ("image_id",))["image_id"]).as_py()
     files = sorted(path for path in output.rglob("*") if path.is_file())
     about = {
         **describe(backbone, exemplars, settings, metrics["recognition"]),
