@@ -119,6 +119,7 @@ SUREST = 0.8
 PARTS = 5  # of the labels, each left out in turn
 LABELS = 2  # tested, at least, for a probability to mean anything
 TRUE_POSITIVES = 0.95  # at which false ones are counted
+ROUNDING = 1e-10  # of a difference of scatters
 LEAST_VARIANCE = 1e-6  # of the largest
 ITERATIONS = 20  # of k-means; it has long ended
 
@@ -266,6 +267,8 @@ def without(moments: Moments, part: Moments) -> Moments:
     n = moments.n - part.n
     shift = part.mean - moments.mean
     scatter = moments.scatter - part.scatter - (part.n * moments.n / n) * np.outer(shift, shift)
+    is_constant = np.diag(scatter) <= ROUNDING * np.diag(moments.scatter)
+    scatter[is_constant], scatter[:, is_constant] = 0, 0
     return Moments(n, moments.mean - shift * (part.n / n), scatter)
 
 

@@ -328,6 +328,14 @@ def test_moments_without_some_rows_are_those_of_the_others() -> None:
     np.testing.assert_allclose(rest.scatter, scatter, rtol=1e-9)
 
 
+def test_a_feature_that_is_constant_without_some_rows_has_no_scatter() -> None:
+    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
+    rows[20:, 1] = 0.1
+    rest = classify.without(*(classify.Moments(*moments_of(each)) for each in (rows, rows[:20])))
+    assert not rest.scatter[1].any()
+    assert not rest.scatter[:, 1].any()
+
+
 def test_moments_are_measured_of_the_images_asked_for(images: pd.DataFrame, folder: Path) -> None:
     chosen = images[images["label"] == "cherry"]
     found = classify.measure_moments(str(folder / "features"), chosen["image_id"])
