@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, ImageOps
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -132,6 +132,19 @@ def test_resizing_is_the_bicubic_one_of_tensorflow(size: tuple[int, int]) -> Non
     np.testing.assert_allclose(featurize.to_pixels(file.getvalue(), PIXELS), exact, atol=1.5)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_pixels_are_upright_whatever_the_orientation_that_exif_says(
+    format: str, orientation: int, image_bytes: ImageBytes
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = image_bytes(format, exif=exif)
+    upright = io.BytesIO()
+    ImageOps.exif_transpose(Image.open(io.BytesIO(turned))).save(upright, "PNG")
+    np.testing.assert_array_equal(featurize.to_pixels(turned, PIXELS), featurize.to_pixels(upright.getvalue(), PIXELS))
+
+
 @pytest.mark.parametrize("resampling", ["nearest", "lanczos"])
 def test_pixels_are_of_the_size_and_the_resampling_that_are_asked_for(resampling: str, image_bytes: ImageBytes) -> None:
     content = image_bytes("PNG", size=(30, 20))
@@ -204,6 +217,18 @@ def test_features_are_those_of_the_image_whatever_the_batches_and_the_partitions
     images = images_of(spark, contents).repartition(n_partitions)
     features, _ = compute(spark, images, graph, batch_size)
     assert features == {sha256(content): means_of(content) for content in contents}
+
+
+def test_a_batch_of_the_backbone_is_filled_though_large_files_come_one_by_one(
+    spark: SparkSession, graph: bytes, contents: list[bytes]
+) -> None:
+    spark.conf.set("spark.sql.execution.arrow.maxBytesPerBatch", 1)  # the least that there is
+    try:
+        features, passes = compute(spark, images_of(spark, contents), graph, batch_size=3)
+    finally:
+        spark.conf.unset("spark.sql.execution.arrow.maxBytesPerBatch")
+    assert features == {sha256(content): means_of(content) for content in contents}
+    assert passes == len(contents)
 
 
 @pytest.mark.parametrize("n_images", [1, 5])

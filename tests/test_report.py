@@ -210,6 +210,17 @@ def test_pictures_are_small_whole_images(elements: list[tuple[str, dict[str, str
     assert sizes == {(70, report.PIXELS)}  # of 100 x 160
 
 
+def test_a_picture_of_a_photograph_that_is_stored_turned_is_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    Image.new("RGB", (160, 100)).save(stream, "JPEG", exif=exif)
+    write(pd.DataFrame({"path": ["a/1.jpg"], "label": ["a"], "content": [stream.getvalue()]}), tmp_path / "images")
+    (picture,) = report.make_pictures(str(tmp_path / "images"), {"a/1.jpg"}).values()
+    shown = Image.open(io.BytesIO(base64.b64decode(picture["source"].partition(",")[2])))
+    assert shown.height > shown.width
+
+
 def test_pictures_have_alternative_texts(elements: list[tuple[str, dict[str, str | None]]], images: pd.DataFrame) -> None:
     texts = {attributes["alt"] for tag, attributes in elements if tag == "img"}
     assert texts <= set(images["label"] + ", " + images["path"])

@@ -247,7 +247,7 @@ def test_what_cannot_be_imported_ends_the_cluster(node: dict[str, str]) -> None:
 
 
 def test_a_node_imports_all_that_the_wheelhouse_is_for() -> None:
-    modules = {"pillow": "PIL", "tensorflow-cpu": "tensorflow"}
+    modules = {"pi-heif": "pi_heif", "pillow": "PIL", "tensorflow-cpu": "tensorflow"}
     expected = ", ".join(modules.get(name, name) for name in wheelhouse.IMPORTED)
     assert f"{{FRUITS_IMPORTS:-{expected}}}" in wheelhouse.INSTALL.read_text()
 
