@@ -4,9 +4,9 @@ usage: python -m bootstrap.submit [--dry_run] PROGRAM STAGE INPUT... OUTPUT [--F
 
 PROGRAM is spark-submit or python. All that follows STAGE is the stage's own command line. An INPUT @NAME is the place that
 params.yaml has under NAME: there, a place may have any name, and no shell reads it. Before the stage starts, the parameters
-of every stage are checked. While it works, no other run writes beside OUTPUT. The stage writes to a path of its own, which
-becomes OUTPUT only when the stage has ended well. What it took is noted for reports/runtime.json. The exit status is that of
-the stage.
+of every stage are checked, and that DVC hashes all files of its inputs. While it works, no other run writes beside OUTPUT.
+The stage writes to a path of its own, which becomes OUTPUT only when the stage has ended well. What it took is noted for
+reports/runtime.json. The exit status is that of the stage.
 
 Where a stage runs is no parameter of the stage and never enters dvc.lock. Environment variables say it:
 
@@ -25,7 +25,7 @@ import signal
 import sys
 from collections.abc import Mapping
 
-from bootstrap import parameters, runtime
+from bootstrap import inputs, parameters, runtime
 from bootstrap.job import PROGRAMS, Job, Runner, publish, workplace
 
 # For each value of SPARK_TARGET, the module whose `connect()` returns the Runner of stages on Spark. A module is imported
@@ -46,6 +46,7 @@ def main(argv: list[str]) -> int:
         print(shlex.join(runner.command(job)))
         return 0
     parameters.check(job.name)
+    inputs.check(job.inputs)
     with workplace(job) as (partial, lock):
         outcome = runner.run(job, partial, lock)
         parameters.check_unchanged(job, os.environ)

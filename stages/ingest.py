@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     ignored.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/ignored")
     groups = count(inspected)
     counts, folders, kinds = add_up(groups), folders_of(groups), kinds_of(groups, listing)
-    refused = say_refused(quarantine) if counts["n_quarantined"] else []
+    refused = say_refused(quarantine, counts["n_quarantined"]) if counts["n_quarantined"] else []
     for line in [*refused, *say_ignored(kinds), *say_labels(folders, args.label_depth)]:
         print(f"ingest: {line}")
     said = say_counts(counts, kinds)
@@ -507,10 +507,13 @@ def say_counts(counts: dict[str, int], kinds: list[tuple[str, int, str]]) -> str
     )
 
 
-def say_refused(quarantine: DataFrame) -> list[str]:
+def say_refused(quarantine: DataFrame, n_quarantined: int) -> list[str]:
     """Name the first files that were refused, with their reasons."""
-    first = quarantine.orderBy("path").limit(EXAMPLES).collect()
-    return [f"refused: {row.path}: {row.reason}, {row.detail}" for row in first]
+    lines = [
+        f"refused: {row.path}: {row.reason}, {row.detail}" for row in quarantine.orderBy("path").limit(EXAMPLES).collect()
+    ]
+    n_more = n_quarantined - len(lines)
+    return [*lines, *([f"refused: {n_more:,} more; the quarantine table has all"] if n_more else [])]
 
 
 def say_ignored(kinds: list[tuple[str, int, str]]) -> list[str]:

@@ -151,7 +151,7 @@ def test_the_order_of_the_tables_changes_no_measurement(
     tmp_path: Path, images: pd.DataFrame, scale: str, metrics: dict[str, Any], output: Path
 ) -> None:
     shuffled = images.sample(frac=1, random_state=0)
-    assert run_evaluate(write_inputs(tmp_path, shuffled, 3, scale, 7), tmp_path / "report") == metrics
+    assert run_evaluate(write_inputs(tmp_path, shuffled, 3, scale, 7, 5), tmp_path / "report") == metrics
     assert (tmp_path / "report" / "predictions.csv").read_bytes() == (output / "predictions.csv").read_bytes()
 
 

@@ -382,10 +382,11 @@ def test_refused_files_are_named_whether_or_not_they_end_the_run(
 ) -> None:
     fill(photos, photo, "Kiwi/1.jpg")
     fill(photos, photo[:300], *(f"Kiwi/cut{i:02}.jpg" for i in range(12)))
-    first = [f"ingest: refused: Kiwi/cut{i:02}.jpg: truncated, " for i in range(10)]
+    first = [*(f"ingest: refused: Kiwi/cut{i:02}.jpg: truncated, " for i in range(10)), "ingest: refused: 2 more; "]
 
     def named(text: str) -> list[str]:
-        return [line[: len(first[0])] for line in text.splitlines() if "refused: " in line]
+        lines = [line for line in text.splitlines() if "refused: " in line]
+        return [line[: len(start)] for line, start in zip(lines, first, strict=True)]
 
     assert named(run().text) == first
     with pytest.raises(SystemExit):

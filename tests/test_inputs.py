@@ -1,0 +1,53 @@
+"""inputs.py: a stage reads the files that DVC hashes."""
+
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from bootstrap import inputs
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository of DVC's with photographs, of which .dvcignore leaves out a backup."""
+    monkeypatch.chdir(tmp_path)
+    Repo.init(no_scm=True).close()
+    for name in ("Kiwi/1.jpg", "Kiwi/2.jpg", "Kiwi/.2.jpg.bak", ".git/1.bak"):
+        path = tmp_path / "data/mine" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / ".dvcignore").write_text("*.bak\n")
+    return tmp_path
+
+
+def test_a_folder_that_dvc_hashes_whole_is_accepted(repository: Path) -> None:
+    inputs.check(["data/mine", "data/nowhere"])
+
+
+def test_a_file_that_dvc_would_not_see_is_refused_by_name(repository: Path) -> None:
+    (repository / "data/mine/Kiwi/3.jpg.bak").write_text("three")
+    with pytest.raises(SystemExit, match=r"DVC leave out 1 of 3 files of data/mine, such as Kiwi/3\.jpg\.bak, but"):
+        inputs.check(["data/mine"])
+
+
+def test_outputs_of_stages_are_not_looked_at(repository: Path) -> None:
+    (repository / "data/mine/3.bak").write_text("three")
+    (repository / "dvc.yaml").write_text("stages: {sample: {cmd: x, outs: [data/mine]}}")
+    inputs.check(["data/mine"])
+
+
+def test_what_dvc_takes_for_the_content_of_files_is_what_ingest_lists(repository: Path) -> None:
+    # Of links, DVC follows those to files, not those to folders.
+    from dvc.fs import localfs
+
+    from stages import ingest
+
+    folder = repository / "data/mine"
+    (folder / "Kiwi/link.jpg").symlink_to("1.jpg")
+    here = {path for path, _ in ingest.list_local(str(folder))}
+    assert here == {path[len(str(folder)) + 1 :] for path in localfs.find(str(folder))}
+    (folder / "Fig").symlink_to("Kiwi")
+    assert here == {path[len(str(folder)) + 1 :] for path in localfs.find(str(folder))}
+    with pytest.raises(SystemExit, match="links to folders"):
+        list(ingest.list_local(str(folder)))
