@@ -88,14 +88,14 @@ def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> Non
     [
         (
             "data/mine",
-            "there is no folder data/mine. In a queue, an experiment has only what git or DVC tracks: see `dvc add`",
+            "images: there is no folder data/mine. In a queue, an experiment has only what git or DVC tracks: see `dvc add`",
         ),
         (
             "data/their's",
-            "data/their's is not here, but DVC knows it: `dvc pull 'data/their'\"'\"'s'` fetches it from the remote",
+            "images: data/their's is not here, but DVC knows it: `dvc pull 'data/their'\"'\"'s'` fetches it from the remote",
         ),
-        ("~/photographs", f"DVC does not know what ~ is: write {Path.home()}/photographs"),
-        (None, "None is no folder of images"),
+        ("~/photographs", f"images: DVC does not know what ~ is: write {Path.home()}/photographs"),
+        (None, "images: None is no folder"),
     ],
 )
 def test_a_folder_of_images_that_is_not_there_is_said_with_what_to_do(
@@ -103,7 +103,8 @@ def test_a_folder_of_images_that_is_not_there_is_said_with_what_to_do(
 ) -> None:
     (repository / "data").mkdir()
     (repository / "data/their's.dvc").touch()
-    assert parameters.what_is_wrong_with(images) == [said]
+    (repository / "params.yaml").write_text(yaml.safe_dump({"images": images}))
+    assert parameters.what_is_wrong_with_images() == [said]
 
 
 def test_the_folder_of_images_is_checked_before_a_stage_begins(repository: Path) -> None:
