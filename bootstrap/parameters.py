@@ -1,6 +1,6 @@
 """Check params.yaml before anything is computed: a wrong number in the last stage must not be found after an hour.
 
-usage: python -m bootstrap.parameters    prints nothing if all is well, else a line for each thing that is not
+usage: python -m bootstrap.parameters    checks the folder of images only: prints nothing if it is there, else what to do
 
 Each stage checks its own section when it parses its command line. Before a stage runs, the others are made to do so too, if
 their section differs from the one in dvc.lock, which an earlier run has accepted.
@@ -25,10 +25,8 @@ importlib.import_module(sys.argv[1]).parse_args(sys.argv[2:])
 """
 
 
-def check(running: str = "") -> None:
-    """Check the folder of images, and let the stages parse their sections of params.yaml.
-
-    The running one is left out: it does so itself.
+def check(running: str) -> None:
+    """Check the folder of images, and let the stages parse their sections, except the running one, which does so itself.
 
     Raises
     ------
@@ -44,23 +42,26 @@ def check(running: str = "") -> None:
     }
     said = {name: parser.communicate()[1].strip() for name, parser in parsers.items()}
     refused = [f"{name}: {said[name].splitlines()[-1]}" for name, parser in parsers.items() if parser.returncode]
-    refused += [f"images: {line}" for line in what_is_wrong_with(load("params.yaml").get("images"))]
+    refused += what_is_wrong_with_images()
     if refused:
         raise SystemExit("\n".join(f"params.yaml: {line}" for line in refused))
 
 
-def what_is_wrong_with(images: Any) -> list[str]:
+def what_is_wrong_with_images() -> list[str]:
     """Say why a run cannot read the folder of images, and what to do; nothing if it can, or if a stage makes the folder."""
+    images = load("params.yaml").get("images")
     if not images or not isinstance(images, str):
-        return [f"{images!r} is no folder of images"]
+        return [f"images: {images!r} is no folder"]
     outputs = {output for stage in load("dvc.yaml")["stages"].values() for output in stage.get("outs", [])}
     if images in outputs or Path(images).is_dir():
         return []
     if images.startswith("~"):
-        return [f"DVC does not know what ~ is: write {Path(images).expanduser()}"]
+        return [f"images: DVC does not know what ~ is: write {Path(images).expanduser()}"]
     if Path(f"{images}.dvc").exists():
-        return [f"{images} is not here, but DVC knows it: `dvc pull {shlex.quote(images)}` fetches it from the remote"]
-    return [f"there is no folder {images}. In a queue, an experiment has only what git or DVC tracks: see `dvc add`"]
+        return [
+            f"images: {images} is not here, but DVC knows it: `dvc pull {shlex.quote(images)}` fetches it from the remote"
+        ]
+    return [f"images: there is no folder {images}. In a queue, an experiment has only what git or DVC tracks: see `dvc add`"]
 
 
 def look_up(places: list[str]) -> list[str]:
@@ -127,4 +128,4 @@ def load(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    check()
+    sys.exit("\n".join(f"params.yaml: {line}" for line in what_is_wrong_with_images()))

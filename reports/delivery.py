@@ -259,7 +259,8 @@ def parse_args(argv: list[str] | None) -> Any:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    # Not every shell reads ~ in FOLDER=~/photographs.
+    parser.add_argument("folder", type=lambda text: Path(text).expanduser())
     parser.add_argument("--into", help="the folder of the collection")
     parser.add_argument("--look", action="store_true", help="take nothing in")
     return parser.parse_args(argv)

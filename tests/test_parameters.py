@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from dvc.parsing import interpolate
-from dvc.utils.serialize import modify_yaml
+from dvc.utils.hydra import apply_overrides
 
 from bootstrap import parameters, submit
 from tests.helpers import PARAMS, PIPELINE, ROOT
@@ -88,14 +88,14 @@ def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> Non
     [
         (
             "data/mine",
-            "there is no folder data/mine. In a queue, an experiment has only what git or DVC tracks: see `dvc add`",
+            "images: there is no folder data/mine. In a queue, an experiment has only what git or DVC tracks: see `dvc add`",
         ),
         (
             "data/their's",
-            "data/their's is not here, but DVC knows it: `dvc pull 'data/their'\"'\"'s'` fetches it from the remote",
+            "images: data/their's is not here, but DVC knows it: `dvc pull 'data/their'\"'\"'s'` fetches it from the remote",
         ),
-        ("~/photographs", f"DVC does not know what ~ is: write {Path.home()}/photographs"),
-        (None, "None is no folder of images"),
+        ("~/photographs", f"images: DVC does not know what ~ is: write {Path.home()}/photographs"),
+        (None, "images: None is no folder"),
     ],
 )
 def test_a_folder_of_images_that_is_not_there_is_said_with_what_to_do(
@@ -103,7 +103,8 @@ def test_a_folder_of_images_that_is_not_there_is_said_with_what_to_do(
 ) -> None:
     (repository / "data").mkdir()
     (repository / "data/their's.dvc").touch()
-    assert parameters.what_is_wrong_with(images) == [said]
+    (repository / "params.yaml").write_text(yaml.safe_dump({"images": images}))
+    assert parameters.what_is_wrong_with_images() == [said]
 
 
 def test_the_folder_of_images_is_checked_before_a_stage_begins(repository: Path) -> None:
@@ -129,12 +130,11 @@ def test_parameters_that_were_changed_while_a_stage_was_at_work_end_it_in_one_se
         parameters.check_unchanged(job, {"DVC_STAGE": "sample"})
 
 
-def test_dvc_writes_params_yaml_as_it_is(repository: Path) -> None:
-    # So that an experiment changes the lines of its parameters, and no other.
+def test_an_experiment_changes_the_line_of_its_parameter_and_loses_no_comment(repository: Path) -> None:
+    # DVC writes the file again, in its own style, and loses a comment that follows a list.
     before = (repository / "params.yaml").read_text()
-    with modify_yaml(repository / "params.yaml") as params:
-        params["reduce"]["k"] = 64
-    assert (repository / "params.yaml").read_text() == before
+    apply_overrides(repository / "params.yaml", ["reduce.k=32"])
+    assert (repository / "params.yaml").read_text() == before.replace("\n  k: 64\n", "\n  k: 32\n")
 
 
 def test_flags_are_what_dvc_makes_of_a_section() -> None:

@@ -1,12 +1,14 @@
 """The whole pipeline on few images, as a stranger runs it: dvc in a fresh clone, without a git identity."""
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
+from reports.delivery import experiment
 from tests.helpers import PIPELINE, SPARK_STAGES, forget, run
 
 pytestmark = pytest.mark.slow
@@ -59,3 +61,17 @@ def test_the_same_bytes_on_any_number_of_cores_and_executors(clone: Path, master
     said = run("dvc", "repro", "reduce", cwd=clone, SPARK_MASTER=master)
     assert [stage for stage in SPARK_STAGES if f"Running stage '{stage}'" not in said] == []
     assert yaml.safe_load((clone / "dvc.lock").read_text()) == yaml.safe_load(before)
+
+
+def test_the_images_may_be_in_a_folder_of_any_name(clone: Path) -> None:
+    folder = Path("data", "R&D (1) l'été $HOME")
+    shutil.copytree(clone / "data/sample", clone / folder)
+    run("dvc", "add", str(folder), cwd=clone)
+    said = run("sh", "-c", f"{experiment(folder)} ingest", cwd=clone)
+    assert "Running stage 'ingest'" in said
+    (dep,) = (
+        dep
+        for dep in yaml.safe_load((clone / "dvc.lock").read_text())["stages"]["ingest"]["deps"]
+        if dep["path"] != "stages/ingest.py"
+    )
+    assert (dep["path"], dep["nfiles"]) == (str(folder), len(list((clone / folder).rglob("*.jpg"))))

@@ -165,6 +165,53 @@ def test_an_archive_of_classes_in_any_state_changes_no_result(stage: Path, dvc_r
     assert (done.returncode, said, done.stderr, size > 10**7) == (0, [], "", state != "damaged")
 
 
+@pytest.mark.slow
+def test_a_project_below_a_folder_with_a_blank_runs_and_shares_its_archive_of_classes(tmp_path: Path) -> None:
+    project = tmp_path / "my project (1)"
+    (project / ".dvc").mkdir(parents=True)
+    (project / "stage.py").write_text(STAGE)
+    python = install_spark(project / ".venv")
+    command = [str(python), *SUBMIT[1:], "stage.py", "in", "out", "--what", "well"]
+    for _ in ("makes the archive", "shares it"):
+        done = subprocess.run(
+            command, cwd=project, env=ENVIRONMENT | {"DVC_ROOT": str(project)}, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "first is written\n", "")
+    assert [path.stat().st_size > 10**7 for path in project.glob(".dvc/tmp/*.jsa")] == [True]
+
+
+def install_spark(folder: Path) -> Path:
+    """Make a virtual environment that has Spark in its own folder, as pip installs it; return its Python."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/*/site-packages")
+    pyspark = Path(str(local.find_spark({})))
+    (packages / "pyspark").symlink_to(pyspark)
+    (packages / "others.pth").write_text(str(pyspark.parent))
+    for script in ("spark-submit", "find-spark-home", "find_spark_home.py"):
+        (folder / "bin" / script).symlink_to(Path(sys.executable).parent / script)
+    return folder / "bin" / "python"
+
+
+def test_what_tensorflow_says_at_its_start_is_no_output_of_a_stage(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    with job.lock_folder(tmp_path) as lock:
+        command = [sys.executable, "-c", "import tensorflow; print('done')"]
+        local.call(command, local.python_environment(os.environ), lock)
+    assert capfdbinary.readouterr() == (b"done\n", b"")
+
+
+def test_a_progress_bar_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {}
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        command = [sys.executable, "-c", "from tqdm import tqdm; list(tqdm([1]))"]
+        done = subprocess.run(command, env=local.python_environment(os.environ), capture_output=True)
+        drawn[is_terminal] = b"1/1" in done.stderr
+    assert drawn == {True: True, False: False}
+
+
 @pytest.mark.parametrize(
     ("code", "status", "said"),
     [

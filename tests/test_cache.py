@@ -1,0 +1,33 @@
+"""reports/cache.py: what `make cache-info` says."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reports import cache
+
+
+def test_each_kind_of_features_has_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, size, n in (("a1", 224, 3), ("b2", 160, 1200)):
+        task = tmp_path / folder / "task"
+        task.mkdir(parents=True)
+        pixels = {"width": size, "height": size}
+        about = {"backbone": {"name": "resnet50", "weights": "imagenet", "pixels": pixels}, "batch_size": 8}
+        (task.parent / "about.json").write_text(json.dumps(about | {"precision": "bfloat16"}))
+        pq.write_table(pa.table({"image_id": [str(i) for i in range(n)]}), task / "part-00000.parquet")
+    cache.main([str(tmp_path)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:-2] for line in lines] == [
+        ["network", "pixels", "batch", "precision", "images"],
+        ["resnet50", "224", "x", "224", "8", "bfloat16", "3"],
+        ["resnet50", "160", "x", "160", "8", "bfloat16", "1,200"],
+    ]
+    assert [line[-1] for line in lines[1:]] == ["a1", "b2"]
+
+
+def test_an_empty_cache_is_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache.main([str(tmp_path / "none")])
+    assert capsys.readouterr().out == f"cache: {tmp_path}/none holds no features\n"
