@@ -85,7 +85,6 @@ OTHERS = {  # that people deliver by mistake
     rb"8BPS": "a Photoshop document",
 }
 THUMBNAIL = (16, 16)
-ORIENTATION = 0x0112  # EXIF tag
 # What decoders raise on damaged files. A lack of memory is no fault of the file: it ends the task.
 DECODE_ERRORS = (
     OSError,
@@ -102,7 +101,8 @@ DECODE_ERRORS = (
 # What they say if bytes are missing.
 SHORT = re.compile(
     "truncat|broken data|create decoder|requires a buffer|incomplete|premature|corrupt jpeg|end of file|out of range"
-    "|not enough|not a|not defined|parsing failed|insufficient|too small|cannot read full|missing dimensions|no more images|data organization|outside of file|chunk b'(?!IHDR)",
+    "|not enough|not a|not defined|parsing failed|insufficient|too small|cannot read full|missing dimensions"
+    "|no more images|data organization|chunk b'(?!IHDR)",
     re.IGNORECASE,
 )
 # A segment of a JPEG's header: its marker and its length.
