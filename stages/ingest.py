@@ -124,7 +124,6 @@ OTHERS = {  # that people deliver by mistake
     rb"8BPS": "a Photoshop document",
 }
 THUMBNAIL = (16, 16)
-ORIENTATION = 0x0112  # EXIF tag
 # What decoders raise on damaged files. A lack of memory is no fault of the file: it ends the task.
 DECODE_ERRORS = (
     OSError,
@@ -142,7 +141,7 @@ DECODE_ERRORS = (
 SHORT = re.compile(
     "truncat|broken data|create decoder|requires a buffer|incomplete|premature|corrupt jpeg|end of file|out of range"
     "|not enough|not a|not defined|parsing failed|insufficient|too small|cannot read full|missing dimensions"
-    "|no more images|data organization|outside of file|chunk b'(?!IHDR)",
+    "|no more images|data organization|chunk b'(?!IHDR)",
     re.IGNORECASE,
 )
 # A segment of a JPEG's header: its marker and its length.

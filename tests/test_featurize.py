@@ -219,7 +219,7 @@ def test_features_are_those_of_the_image_whatever_the_batches_and_the_partitions
     assert features == {sha256(content): means_of(content) for content in contents}
 
 
-def test_a_batch_of_the_backbone_is_filled_though_large_files_come_one_by_one(
+def test_features_are_the_same_though_large_files_come_one_by_one(
     spark: SparkSession, graph: bytes, contents: list[bytes]
 ) -> None:
     spark.conf.set("spark.sql.execution.arrow.maxBytesPerBatch", 1)  # the least that there is

@@ -346,7 +346,7 @@ def test_an_avif_is_turned_as_it_says(orientation: int) -> None:
     [
         *(KINDS[name] for name in ("jpeg", "progressive_jpeg", "png")),
         *({"format": format, "exif": with_orientation(value)} for format in ("JPEG", "PNG") for value in (1, 6)),
-        {"format": "MPO"},
+        {"format": "MPO", "save_all": True, "append_images": [Image.new("RGB", (9, 7))]},
     ],
     ids=["jpeg", "progressive_jpeg", "png", "jpeg_marked_upright", "turned_jpeg", "png_marked_upright", "turned_png", "mpo"],
 )
@@ -786,3 +786,15 @@ def test_labels_and_bytes_are_counted_of_images_only(delivery: Delivery) -> None
     images = delivery.images()
     assert delivery.counts["n_labels"] == len({row.label for row in images})
     assert delivery.counts["n_bytes"] == sum(len(row.content) for row in images)
+
+
+def test_images_are_the_same_though_they_travel_one_by_one(
+    spark: SparkSession, delivery: Delivery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingest, "BATCH_BYTES", 1)
+    paths = ("kinds/tiff.tiff", "kinds/turned.jpg", "bad/cut.jpg", "bad/empty.jpg")
+    for path in paths:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(delivery.files[path])
+    rows = ingest.inspect_files(spark, ingest.find_files(spark, str(tmp_path), **ALL), **LIMITS).collect()
+    assert sorted(rows, key=lambda row: row.path) == sorted(map(delivery.row, paths), key=lambda row: row.path)

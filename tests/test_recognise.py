@@ -246,7 +246,7 @@ def test_pixels_are_those_that_ingest_keeps_and_featurize_makes(
     mode: str, orientation: int, image_bytes: Callable[..., bytes], tmp_path: Path
 ) -> None:
     exif = Image.Exif()
-    exif[ingest.ORIENTATION] = orientation
+    exif[0x0112] = orientation
     content = image_bytes("JPEG", mode=mode, size=(61, 43), exif=exif)
     (tmp_path / "one.jpg").write_bytes(content)
     wanted = PIXELS | {"resampling": "lanczos"}
@@ -275,7 +275,7 @@ def test_a_photograph_that_is_stored_turned_gets_the_answer_of_the_upright_one(
     upright.paste(COLOURS["apple"], (0, 0, 15, 8))
     upright.save(tmp_path / "upright.png")
     exif = Image.Exif()
-    exif[ingest.ORIENTATION] = orientation
+    exif[0x0112] = orientation
     upright.transpose(stored).save(tmp_path / "turned.png", exif=exif)
     _, (one, other) = answers(tmp_path / "upright.png", tmp_path / "turned.png")
     assert one | {"path": ""} == other | {"path": ""}
@@ -290,7 +290,7 @@ def test_transparent_pixels_are_white(answers: Answers, tmp_path: Path) -> None:
     assert one | {"path": ""} == other | {"path": ""}
 
 
-@pytest.mark.parametrize("format", ingest.FORMATS)
+@pytest.mark.parametrize("format", sorted(ingest.FORMATS.keys() - {"HEIF"}))  # which Pillow does not write
 def test_a_file_is_known_by_its_content_whatever_its_name(format: str, answers: Answers, tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), COLOURS["lime"]).save(tmp_path / "photograph", format)
     assert answers(tmp_path / "photograph")[1][0]["label"] == "lime"
