@@ -673,6 +673,7 @@ def delivery(spark: SparkSession, image_bytes: ImageBytes, tmp_path_factory: pyt
         **{f"kinds/{name}.{kind['format']}".lower(): image_bytes(**kind) for name, kind in KINDS.items()},
         "kinds/CAPITALS.JPG": image_bytes(seed=50),
         "kinds/tif.Tif": image_bytes("TIFF"),
+        "kinds/phone.HEIC": HEIC,
         "kinds/a_png.jpg": image_bytes("PNG"),
         "kinds/turned.jpg": image_bytes(exif=with_orientation(6)),
         "twins/one.jpg": twin,
