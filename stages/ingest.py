@@ -649,7 +649,7 @@ def load(image: ImageFile.ImageFile, content: bytes) -> Image.Image:
         return load_png(image, content)
     if image.format == "TIFF":
         check_strips(image, content)
-    if image.info.get("compression") == BmpImagePlugin.BmpImageFile.COMPRESSIONS["RLE4"] and image.format == "BMP":
+    if image.format == "BMP" and image.info["compression"] == BmpImagePlugin.BmpImageFile.COMPRESSIONS["RLE4"]:
         raise Refused("unreadable", "a BMP in RLE4, which Pillow gets wrong")
     drawn = image.tile[0].extents if image.format == "GIF" else None
     image.load()
@@ -717,13 +717,14 @@ def check_strips(image: Any, content: bytes) -> None:
     """Decode the parts of a TIFF that are whole files of Deflate or JPEG; libtiff passes over the errors in these."""
     tags = image.tag_v2
     starts, lengths = (tags.get(strips, tags.get(tiles, ())) for strips, tiles in ((273, 324), (279, 325)))
-    for start, length in zip(starts, lengths, strict=True):
+    for start, length in zip(starts, lengths, strict=False):  # some old TIFF files state no lengths
         part = content[start : start + length]
         if tags.get(259) in (8, 32946):
             stream = zlib.decompressobj()
             while part:
                 stream.decompress(part, 2**20)
                 part = stream.unconsumed_tail
+            stream.flush()
             if not stream.eof:
                 raise EOFError("incomplete Deflate stream")
         elif tags.get(259) == 7:

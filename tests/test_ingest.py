@@ -453,6 +453,15 @@ def test_what_is_not_an_image_is_refused_and_said_to_be_what_it_is(content: byte
     assert telling in detail
 
 
+@pytest.mark.parametrize("height", [1023, 1024, 1025, 2500])
+def test_a_large_strip_of_a_deflate_tiff_is_read_to_its_end(height: int) -> None:
+    pixels = np.arange(height * 1024, dtype=np.uint32).view(np.uint8).reshape(height, 1024, 4)[..., :1].repeat(3, axis=2)
+    file = io.BytesIO()
+    tifffile.imwrite(file, pixels, photometric="rgb", compression="zlib", rowsperstrip=height)
+    image, _ = ingest.decode(file.getvalue(), max_pixels=10**7)
+    np.testing.assert_array_equal(np.asarray(image), pixels)
+
+
 @pytest.mark.parametrize("kind", ["float32", "five_bands"])
 def test_a_tiff_of_a_kind_that_is_not_read_is_said_to_be_one(kind: str) -> None:
     pixels = np.zeros((4, 4, 3), np.float32) if kind == "float32" else np.zeros((4, 4, 5), np.uint8)
@@ -671,6 +680,7 @@ def delivery(spark: SparkSession, image_bytes: ImageBytes, tmp_path_factory: pyt
         **{f"kinds/{name}.{kind['format']}".lower(): image_bytes(**kind) for name, kind in KINDS.items()},
         "kinds/CAPITALS.JPG": image_bytes(seed=50),
         "kinds/tif.Tif": image_bytes("TIFF"),
+        "kinds/phone.HEIC": HEIC,
         "kinds/a_png.jpg": image_bytes("PNG"),
         "kinds/12:30.jpg": image_bytes(),  # Hadoop takes what is before the colon for a scheme
         "kinds/_MG_0001.JPG": image_bytes(),
