@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("serve: the host is empty. 127.0.0.1 is this machine, and 0.0.0.0 opens the page to its network.")
     try:
         server = Server(args.host, args.port, folder)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, OverflowError, TypeError) as error:  # TypeError: a name that no host can have
         raise SystemExit(f"serve: cannot listen on {args.host}, port {args.port}: {advise(error, args.port)}") from None
     with server:
         host, port = server.server_address[:2]

@@ -319,7 +319,7 @@ def serving(*words: str | Path) -> Iterator[str]:
         ("127.0.0.1", "99999", "port must be 0-65535"),
         ("127.0.0.1", "-1", "port must be 0-65535"),
         ("192.0.2.1", "0", "Cannot assign requested address"),
-        ("é" * 64, "0", "idna"),
+        ("é" * 64, "0", "encoding of hostname failed"),
     ],
 )
 def test_where_it_cannot_listen_no_other_port_is_advised(host: str, port: str, why: str, dist: Path) -> None:
