@@ -844,6 +844,7 @@ def test_another_build_takes_no_answer_away(
     rebuilt: tuple[Page, Callable[[], None]], site: tuple[str, Any], tmp_path: Path
 ) -> None:
     opened, rebuild = rebuilt
+    opened.open(site[0])  # the first visit has no page that the browser has kept
     opened.give(save(flat(ORANGE), "PNG"), tmp_path)
     rebuild()
     update = """const [done] = arguments;
