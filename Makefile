@@ -5,7 +5,7 @@ BIN := .venv/bin
 REPORT := --suspects reports/suspects data/ingested data/split data/reduced data/classifier reports/evaluation reports/report.html
 # What `make app` takes on its command line; never from the environment, where a shell may have put a HOST.
 HOST := 127.0.0.1
-PORT := 8000
+PORT := 8490
 LABELS :=
 CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 # One lock for Linux and macOS, each processor and each Python from 3.11 on.

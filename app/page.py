@@ -4,7 +4,8 @@ usage: python -m app.page MODEL OUTPUT [LABELS]
 
 reads   MODEL   what `export` wrote
         LABELS  a CSV file of label, fr, en: how the page names labels; without it, as they are
-writes  OUTPUT  index.html and all it needs, the licences of all that is served (LICENSES.txt) among them
+writes  OUTPUT  index.html and all it needs, the licences of all that is served (LICENSES.txt) among them;
+                takes the place of another page or of an empty folder, and of nothing else
 
 The same model gives the same bytes. The runtime is TensorFlow.js, as app/package-lock.json pins it: npm fetches it into
 app/node_modules the first time, checks its hashes, and runs none of its scripts.
@@ -12,6 +13,7 @@ app/node_modules the first time, checks its hashes, and runs none of its scripts
 
 import argparse
 import base64
+import codecs
 import csv
 import hashlib
 import io
@@ -21,12 +23,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
+
+from app.model import describe
 
 APP = Path(__file__).resolve().parent
 MODULES = APP / "node_modules"
@@ -49,24 +54,45 @@ POLICY = "; ".join(
     ]
 )
 BUNDLES = ("page.js", "recogniser.js")
+OWN = ("service-worker.js", "weights.js")  # a folder that has them is a page
 ICONS = (180, 192, 512)  # pixels: Apple's, and those that Android asks for
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    model, output = Path(args.model), Path(args.output)
+    model, output = Path(args.model), Path(args.output).resolve()
+    check_output(output)
     description = read_model(model)
     names = read_names(Path(args.labels), description["labels"]) if args.labels else {}
     fetch_runtime()
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         whole = Path(folder, "page")
         whole.mkdir()
         build(model, description, names, whole)
-        shutil.rmtree(output, ignore_errors=True)
+        if output.exists():
+            output.rename(Path(folder, "before"))
         whole.rename(output)
     size = sum(path.stat().st_size for path in output.iterdir())
-    print(f"page: {len(description['labels']):,} labels, {size / 1e6:.1f} MB in {output}; open {output / 'index.html'}")
+    where = Path(args.output, "index.html")
+    print(f"page: {len(description['labels']):,} labels, {size / 1e6:.1f} MB in {args.output}; open {where}")
+
+
+def check_output(output: Path) -> None:
+    """Make the folder above the output.
+
+    Raises
+    ------
+    SystemExit
+        what is there is neither a page nor an empty folder, or nothing can be written there.
+    """
+    if output.exists() and not output.is_dir():
+        raise SystemExit(f"page: {output} is a file. Name the folder that the page shall have.")
+    if output.exists() and any(output.iterdir()) and not all((output / name).is_file() for name in OWN):
+        raise SystemExit(f"page: {output} has other things in it than a page, and would be replaced. Name a new folder.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"page: {output} cannot be made: {error.strerror}. Name another folder.") from None
 
 
 def read_model(model: Path) -> dict[str, Any]:
@@ -77,34 +103,45 @@ def read_model(model: Path) -> dict[str, Any]:
     SystemExit
         there is no model, a file has another SHA-256, or the pixels are not made as the page makes them.
     """
-    if not (model / "model.json").is_file():
-        raise SystemExit(f"page: no model in {model}: `make run` writes data/model.")
-    description = json.loads((model / "model.json").read_text())
-    for name, expected in description["files"].items():
-        if (found := hashlib.sha256((model / name).read_bytes()).hexdigest()) != expected:
-            raise SystemExit(
-                f"page: {model / name} has SHA-256 {found}, and model.json says {expected}. Run `export` again."
-            )
-    other = {key: description["pixels"][key] for key, value in PIXELS.items() if description["pixels"][key] != value}
+    try:
+        description = describe(model, ("web/model.json", "web/weights.bin", "photographs.parquet"))
+    except ValueError as error:
+        raise SystemExit(f"page: {error}") from None
+    pixels = description["pixels"]
+    other = {key: pixels.get(key) for key, value in PIXELS.items() if pixels.get(key) != value}
     if other:
         raise SystemExit(f"page: the model wants pixels of {other}, and the page makes {PIXELS}. Change app/src/pixels.js.")
     return description
 
 
 def read_names(path: Path, labels: list[str]) -> dict[str, dict[str, str]]:
-    """Read how the page names labels in each language, from a CSV file separated by commas or semicolons.
+    """Read how the page names labels in each language, from a CSV file as spreadsheets write it.
+
+    It is UTF-8, or UTF-16 with a byte order mark; commas, semicolons or tabs separate its columns.
 
     Raises
     ------
     SystemExit
-        a column is missing, or the model does not have a label; the message says which.
+        the file cannot be read, a column is missing, a label is there twice, or the model does not have it.
     """
-    text = path.read_text(encoding="utf-8-sig")  # as spreadsheets save it
-    rows = list(csv.DictReader(io.StringIO(text), delimiter=";" if ";" in text.partition("\n")[0] else ","))
-    missing = {"label", *LANGUAGES} - set(rows[0] if rows else ())
-    if missing:
+    try:
+        content = path.read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+        first = text.partition("\n")[0]
+        separator = next((each for each in ";\t" if each in first), ",")
+        lines = csv.reader(io.StringIO(text, newline=None), delimiter=separator)
+        header, *rows = [row for row in ([cell.strip() for cell in line] for line in lines) if any(row)] or [[]]
+    except OSError as error:
+        raise SystemExit(f"page: {path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SystemExit(f"page: {path} is no CSV file in UTF-8: {error}. Save it as UTF-8 (in Excel: CSV UTF-8).") from None
+    if missing := {"label", *LANGUAGES} - set(header):
         raise SystemExit(f"page: {path} has no column {', '.join(sorted(missing))}: its first line is label,fr,en.")
-    names = {row["label"]: {language: row[language] for language in LANGUAGES if row[language]} for row in rows}
+    named = [{"label": ""} | dict(zip(header, row, strict=False)) for row in rows]
+    names = {row["label"]: {language: row[language] for language in LANGUAGES if row.get(language)} for row in named}
+    if twice := sorted(label for label, n in Counter(row["label"] for row in named).items() if n > 1):
+        raise SystemExit(f"page: {path} names {len(twice)} labels more than once: {', '.join(twice[:5])}")
     if unknown := sorted(set(names) - set(labels)):
         raise SystemExit(f"page: {path} names {len(unknown)} labels that the model does not have: {', '.join(unknown[:5])}")
     return names

@@ -2,44 +2,48 @@
 
 usage: python -m app.recognise PHOTO... [--json] [--model data/model]
 
-PHOTO is a file of any format that `ingest` takes, or a folder, which is searched to the bottom. Each photograph gets a label
-with its probability, or one of two refusals: it is a fruit that the model does not know, or no photograph of this kind. A
-refusal is a result. The exit status is 1 if a file could not be read; the others are recognised all the same.
+PHOTO is a file of any format that `ingest` takes, or a folder, which is searched to the bottom. What a file is, its content
+tells, whatever its name. Each photograph gets a label with its probability, or one of two refusals: it is a fruit that the
+model does not know, or no photograph of this kind. A refusal is a result. The exit status is 1 if a file could not be read;
+the others are recognised all the same.
 
 With --json, each photograph is one line of JSON, and so is each file that could not be read (its decision: unreadable).
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
+import re
 import signal
+import stat
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow.parquet as pq
 from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 
+from app.model import describe
 from stages.featurize import check_pixels, to_pixels
-from stages.ingest import EXTENSIONS, Refused, decode
+from stages.ingest import EXTENSIONS, FORMATS, RAW, SYSTEM, Refused, decode, extension_of
 
 # The largest that `ingest` takes, by the parameters that it comes with.
 MAX_PIXELS = 100_000_000
 MAX_FILE_MB = 100
 
-ENDINGS = tuple(f".{each}" for each in EXTENSIONS)
 N_TOLD = 3  # labels, and known photographs
 N_CORES = min(4, os.cpu_count() or 1)  # that are used; each decodes, and MAX_PIXELS take over 1 GB
 N_AHEAD = 64  # photographs that may wait for the network, as pixels
+START = 64  # bytes of a file that tell its format
 
 REFUSALS = {"unknown_fruit": "a fruit that I do not know", "no_such_photograph": "no photograph of this kind"}
 
@@ -67,10 +71,19 @@ def main(argv: list[str] | None = None) -> int:
         else:
             found |= recognise(pixels, model)
         if args.json:
-            print(json.dumps(found), flush=True)
+            say(json.dumps(found), sys.stdout)
         else:
-            print(to_text(found), flush=True, file=sys.stderr if isinstance(pixels, Refused) else sys.stdout)
+            say(to_text(found), sys.stderr if isinstance(pixels, Refused) else sys.stdout)
     return int(n_unreadable > 0)
+
+
+def say(text: str, file: TextIO) -> None:
+    """Print at once; exit if nobody can take it, such as a full disk."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())  # Python writes what is left when it ends
+        raise SystemExit(f"recognise: the answer cannot be written: {error.strerror}.") from None
 
 
 def load(folder: Path) -> Model:
@@ -81,16 +94,11 @@ def load(folder: Path) -> Model:
     SystemExit
         there is no model in the folder, it is not whole, or it asks for pixels that we cannot make.
     """
-    try:
-        about = json.loads((folder / "model.json").read_bytes())
-    except OSError:
-        raise SystemExit(
-            f"recognise: there is no model in {folder}. Run `make run`, or say where: --model FOLDER."
-        ) from None
     files = [folder / name for name in ("model.tflite", "photographs.parquet")]
-    for file in files:
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != about["files"][file.name]:
-            raise SystemExit(f"recognise: {file} is not what model.json says. Run `make run`, or copy the folder again.")
+    try:
+        about = describe(folder, [file.name for file in files])
+    except ValueError as error:
+        raise SystemExit(f"recognise: {error}") from None
     check_pixels(about["pixels"])
     known = pq.ParquetFile(files[1]).read(columns=["path", "label", "embedding"])
     interpreter = Interpreter(str(files[0]), num_threads=N_CORES)
@@ -127,7 +135,7 @@ def quiet() -> Iterator[None]:
 
 
 def find(places: Iterable[str]) -> Iterator[str]:
-    """List the files, and in place of a folder the files below it that `ingest` would look at, by path.
+    """List the files, and in place of a folder the files below it that `ingest` would take or refuse, by path.
 
     A folder that has none, or cannot be opened, stands for itself.
     """
@@ -135,11 +143,30 @@ def find(places: Iterable[str]) -> Iterator[str]:
         found: list[str] = []
         closed: list[OSError] = []
         for folder, folders, names in os.walk(place, onerror=closed.append):
-            folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-            images = [name for name in names if name.lower().endswith(ENDINGS) and not name.startswith((".", "_"))]
-            found += [os.path.join(folder, name) for name in images]
+            folders[:] = [name for name in folders if is_shown(name)]
+            paths = [os.path.join(folder, name) for name in names if is_shown(name)]
+            found += [path for path in paths if may_be_image(path)]
         found += [error.filename for error in closed if os.path.isdir(place)]
         yield from sorted(found) or [place]
+
+
+def is_shown(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in SYSTEM
+
+
+def may_be_image(path: str) -> bool:
+    """Tell whether a file claims to be an image, by its name or by how it starts, or cannot say."""
+    extension = extension_of(path)
+    if extension in RAW:
+        return False
+    if extension in EXTENSIONS or not os.path.isfile(path):
+        return True
+    try:
+        with open(path, "rb") as file:
+            start = file.read(START)
+    except OSError:
+        return True
+    return any(re.match(each, start, re.DOTALL) for each in FORMATS.values())
 
 
 def read(paths: list[str], wanted: dict[str, Any]) -> Iterator[tuple[str, np.ndarray | Refused]]:
@@ -153,14 +180,18 @@ def read(paths: list[str], wanted: dict[str, Any]) -> Iterator[tuple[str, np.nda
 def read_one(path: str, wanted: dict[str, Any]) -> np.ndarray | Refused:
     """Make the pixels of a file as `ingest` and `featurize` do, uint8 RGB (height, width, 3), or say why not."""
     try:
-        length = os.path.getsize(path)
-        if length > MAX_FILE_MB * 2**20:
+        status = os.stat(path)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # which may have no end
+            return Refused("unreadable", "not a regular file")
+        if extension_of(path) in RAW:
+            return Refused("not_an_image", "a camera's raw file")
+        if (length := status.st_size) > MAX_FILE_MB * 2**20:
             return Refused("too_large", f"{length:,} bytes, more than {MAX_FILE_MB * 2**20:,}")
         image, _ = decode(Path(path).read_bytes(), MAX_PIXELS)
     except Refused as refused:
         return refused
     except IsADirectoryError:
-        return Refused("unreadable", f"a folder in which no name is seen that ends in {', '.join(ENDINGS)}")
+        return Refused("unreadable", "a folder without an image")
     except OSError as error:
         return Refused("unreadable", f"cannot be opened: {error.strerror}")
     file = io.BytesIO()
@@ -215,8 +246,8 @@ def figure(value: Any) -> float:
 def to_text(found: dict[str, Any]) -> str:
     """Write for a person what `recognise` has found, or why a file could not be read."""
     if found["decision"] == "unreadable":
-        return f"{found['path']}: {found['reason']}, {found['detail']}"
-    first, *others = [f"{each['label']} {each['probability']:.1%}" for each in found["labels"]]
+        return escape(f"{found['path']}: {found['reason']}, {found['detail']}")
+    first, *others = [f"{each['label']} {chance(each['probability'])}" for each in found["labels"]]
     lines = [f"{found['path']}: {REFUSALS.get(found['decision'], first)}"]
     if found["decision"] == "recognised":
         lines[0] += "" if found["calibrated"] else " (this probability is not calibrated)"
@@ -228,7 +259,22 @@ def to_text(found: dict[str, Any]) -> str:
     ]
     lines += [f"  {', '.join(figures)}", "  nearest known photographs:"]
     lines += [f"    {each['similarity']:.3f} {each['label']}: {each['path']}" for each in found["nearest"]]
-    return "\n".join(lines)
+    return "\n".join(map(escape, lines))
+
+
+def chance(probability: float) -> str:
+    """Write a probability, never as 100 % nor 0 %: it is never that sure."""
+    if probability > 0.999:
+        return "> 99.9%"
+    return "< 0.1%" if probability < 0.001 else f"{probability:.1%}"
+
+
+def escape(line: str) -> str:
+    """Write as Python does what would steer the terminal: a name can have any character."""
+    return "".join(
+        each if each.isprintable() or unicodedata.category(each) == "Zs" else each.encode("unicode_escape").decode()
+        for each in line
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -242,6 +288,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if sys.stdout is None or sys.stderr is None:
+        sys.exit("recognise: the answer cannot be written: stdout or stderr is closed.")
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a file's name can be any bytes
     sys.exit(main())

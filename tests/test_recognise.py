@@ -18,6 +18,7 @@ from PIL import Image
 from app import recognise
 from stages import featurize, ingest
 from tests.helpers import PARAMS, ROOT, run
+from tests.test_ingest import HEIC
 
 # A model that knows three fruits by the colours of the quarters of a photograph, and finds rows of unlike colours strange.
 COLOURS = {"apple": (200, 20, 20), "banana": (220, 200, 30), "lime": (60, 180, 40)}
@@ -100,6 +101,9 @@ def describe(folder: Path, **others: object) -> None:
         "temperature": TEMPERATURE,
         "thresholds": THRESHOLDS,
         "pixels": PIXELS,
+        "measured": {"images": 0},
+        "trained_on": {"images": 9, "labels": 3},
+        "backbone": {"name": "colours"},
         "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
     }
     (folder / "model.json").write_text(json.dumps(about | others))
@@ -195,6 +199,22 @@ def test_a_probability_that_is_not_calibrated_is_said_to_be_so(
     assert "not calibrated" not in text(path)[0]
     describe(model, calibrated=False)
     assert "not calibrated" in text(path)[0].splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("probability", "said"),
+    [(1.0, "> 99.9%"), (0.9991, "> 99.9%"), (0.999, "99.9%"), (0.5, "50.0%"), (0.001, "0.1%"), (0.0009, "< 0.1%")],
+)
+def test_a_person_never_reads_that_it_is_certain(probability: float, said: str) -> None:
+    assert recognise.chance(probability) == said
+
+
+def test_a_person_reads_what_would_steer_the_terminal_escaped(text: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
+    path = photograph(tmp_path / "a\nb\x1b[31m\u202eé\u202f1.png")
+    (tmp_path / "c\n.png").write_bytes(b"")
+    out, err = text(path, tmp_path / "c\n.png")
+    assert out.startswith(str(tmp_path) + "/a\\nb\\x1b[31m\\u202eé\u202f1.png: apple")
+    assert err == f"{tmp_path}/c\\n.png: empty, 0 bytes\n"
 
 
 # What it refuses to name
@@ -296,13 +316,42 @@ def test_a_file_is_known_by_its_content_whatever_its_name(format: str, answers: 
     assert answers(tmp_path / "photograph")[1][0]["label"] == "lime"
 
 
+def test_a_heic_is_known_by_its_content_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "photograph").write_bytes(HEIC)
+    kept = ingest.to_png(ingest.decode(HEIC, 10_000)[0])
+    pixels = recognise.read_one(str(tmp_path / "photograph"), PIXELS)
+    np.testing.assert_array_equal(pixels, featurize.to_pixels(kept, PIXELS))
+
+
 def test_of_a_folder_all_images_at_any_depth_are_read_by_path(answers: Answers, tmp_path: Path) -> None:
     folder = tmp_path / "photographs"
-    names = ["b.JPG", "a/z.png", "a/b/c.webp", "c.tiff"]
-    for name in [*names, ".hidden.jpg", "_spark.png", ".cache/d.jpg"]:
+    names = ["b.JPG", "a/z.png", "a/b/c.webp", "c.tiff", "_d.png"]
+    for name in [*names, ".hidden.jpg", ".cache/d.jpg", "@eaDir/e.jpg", "__MACOSX/f.jpg"]:
         photograph(folder / name)
-    (folder / "notes.txt").write_text("not read")
     assert [each["path"] for each in answers(folder)[1]] == sorted(str(folder / name) for name in names)
+
+
+def test_of_a_folder_a_file_is_read_if_its_content_or_its_name_says_that_it_is_an_image(
+    answers: Answers, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photographs"
+    content = photograph(folder / "one.jpg").read_bytes()
+    for name in ("two", "three.txt", "raw.dng"):
+        (folder / name).write_bytes(content)
+    for name in ("notes.txt", "four.png", "empty"):
+        (folder / name).write_text("Dear customer" if name != "empty" else "")
+    _, found = answers(folder)
+    assert {Path(each["path"]).name: each["decision"] for each in found} == {
+        "four.png": "unreadable",
+        "one.jpg": "recognised",
+        "three.txt": "recognised",
+        "two": "recognised",
+    }
+
+
+def test_a_raw_file_of_a_camera_is_refused_as_ingest_refuses_it(answers: Answers, tmp_path: Path) -> None:
+    os.rename(photograph(tmp_path / "one.tiff"), tmp_path / "one.NEF")
+    assert answers(tmp_path / "one.NEF")[1][0]["reason"] == "not_an_image"
 
 
 def test_a_loop_of_links_ends(answers: Answers, tmp_path: Path) -> None:
@@ -355,7 +404,21 @@ def test_a_folder_without_an_image_is_said_to_be_so(answers: Answers, tmp_path: 
     (tmp_path / "empty").mkdir()
     status, (found,) = answers(tmp_path / "empty")
     assert (status, found["path"], found["reason"]) == (1, str(tmp_path / "empty"), "unreadable")
-    assert ".webp" in found["detail"]
+    assert found["detail"] == "a folder without an image"
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.jpg"])
+def test_a_pipe_is_refused_and_not_waited_for(name: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "photographs").mkdir()
+    os.mkfifo(tmp_path / "photographs" / name)
+    for place in ("photographs", f"photographs/{name}"):
+        done = program("-m", "app.recognise", "--model", model, tmp_path / place, timeout=30)
+        assert done.stderr == f"{tmp_path / 'photographs' / name}: unreadable, not a regular file\n"
+        assert done.returncode == 1
+
+
+def test_a_device_without_an_end_is_refused(answers: Answers) -> None:
+    assert answers(Path("/dev/zero"))[1][0]["detail"] == "not a regular file"
 
 
 def test_the_limits_are_those_that_ingest_comes_with() -> None:
@@ -383,9 +446,19 @@ def test_where_there_is_no_model_the_command_that_makes_one_is_named(tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["model.tflite", "photographs.parquet"])
-def test_a_file_of_the_model_that_is_not_whole_is_refused(name: str, model: Path) -> None:
+def test_a_file_of_the_model_that_is_not_whole_or_not_there_is_refused(name: str, model: Path) -> None:
     (model / name).write_bytes((model / name).read_bytes()[:-1])
-    with pytest.raises(SystemExit, match=f"{name} is not what model.json says"):
+    with pytest.raises(SystemExit, match=f"{name} has SHA-256 .* and model.json says"):
+        recognise.main(["--model", str(model), "one.jpg"])
+    (model / name).unlink()
+    with pytest.raises(SystemExit, match=f"{name} cannot be read: No such file"):
+        recognise.main(["--model", str(model), "one.jpg"])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b'{"labels": 3}', b"\xff\xfe{", b"\xe9"])
+def test_a_damaged_description_of_the_model_is_refused(content: bytes, model: Path) -> None:
+    (model / "model.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"model\.json is damaged: .*`make run`"):
         recognise.main(["--model", str(model), "one.jpg"])
 
 
@@ -398,8 +471,8 @@ def test_pixels_that_nobody_here_can_make_are_refused(model: Path) -> None:
 # The program
 
 
-def program(*words: str | bytes | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+def program(*words: str | bytes | Path, timeout: int | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def test_it_starts_neither_tensorflow_nor_java_nor_pandas(model: Path, tmp_path: Path) -> None:
@@ -439,6 +512,15 @@ def test_a_name_may_be_any_bytes(model: Path, tmp_path: Path) -> None:
 def test_who_reads_only_the_head_gets_no_traceback(model: Path, tmp_path: Path) -> None:
     command = f"'{sys.executable}' -m app.recognise --model '{model}' '{photograph(tmp_path / 'one.png')}' | true"
     assert subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("stdout", "why"), [(">&-", "stdout or stderr is closed"), (">/dev/full", "No space left on device")]
+)
+def test_an_answer_that_cannot_be_written_is_said_in_a_line(stdout: str, why: str, model: Path, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m app.recognise --model '{model}' '{photograph(tmp_path / 'one.png')}' {stdout}"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, f"recognise: the answer cannot be written: {why}.\n")
 
 
 @pytest.mark.slow

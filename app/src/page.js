@@ -25,9 +25,9 @@ function chance(value) {
   return value < 0.01 ? words().hardly(percent(0.01)) : percent(value);
 }
 
+/** The name of a label as it was given, apart from the text around it whichever way it is written. */
 function nameOf(label) {
-  const name = names[label]?.[state.language] ?? label.replaceAll("_", " ");
-  return name.charAt(0).toLocaleUpperCase(state.language) + name.slice(1);
+  return make("bdi", { textContent: names[label]?.[state.language] ?? label });
 }
 
 function make(tag, properties = {}, ...children) {
@@ -52,11 +52,12 @@ function show() {
 
 function quality() {
   if (!calibrated) return words().unmeasured;
+  const { right, kept, accuracy, top_3: top3 } = measured;
   const figures = {
     images: number(measured.images),
     labels: number(measured.labels),
-    accuracy: percent(measured.accuracy),
-    top3: percent(measured.top_3),
+    named: percent(right ?? accuracy),
+    also: right === undefined ? words().amongThree(percent(top3)) : words().refused(percent(1 - kept)),
   };
   const said = [words().measured(figures), words().trained({ images: number(trainedOn.images) })];
   if (measured.unknown) said.push(words().strangers({ share: percent(measured.unknown.accepted) }));
@@ -105,13 +106,13 @@ function bar({ label, probability }) {
   const filled = make("span", { className: "filled" });
   filled.style.inlineSize = `${100 * probability}%`;
   const figures = make("span", { className: "figure", textContent: calibrated ? chance(probability) : "" });
-  const name = make("span", { className: "name", textContent: nameOf(label) });
+  const name = make("span", { className: "name" }, nameOf(label));
   return make("li", {}, name, " ", figures, make("span", { className: "bar" }, filled));
 }
 
 function figure({ label, picture }) {
   const image = picture ? [make("img", { src: picture, alt: "" })] : []; // its name stands below
-  return make("li", {}, make("figure", {}, ...image, make("figcaption", { textContent: nameOf(label) })));
+  return make("li", {}, make("figure", {}, ...image, make("figcaption", {}, nameOf(label))));
 }
 
 // What it finds
@@ -159,9 +160,9 @@ async function start() {
 
 /** Decide, in this order: no such photograph, an unknown fruit, or the labels by their probability. */
 function decide({ probabilities, similarities, strangeness, embedding }) {
-  const { max_strangeness: maxStrangeness, min_similarity: minSimilarity } = thresholds;
-  if (maxStrangeness !== null && strangeness[0] > maxStrangeness) return { kind: "strange" };
   const near = nearest(embedding);
+  const { max_strangeness: maxStrangeness, min_similarity: minSimilarity } = thresholds;
+  if (maxStrangeness !== null && strangeness[0] > maxStrangeness) return { kind: "strange", near };
   if (minSimilarity !== null && Math.max(...similarities) < minSimilarity) return { kind: "unknown", near };
   const ranked = labels.map((label, i) => ({ label, probability: probabilities[i] }));
   ranked.sort((one, other) => other.probability - one.probability);
@@ -266,6 +267,11 @@ show();
 if (location.protocol.startsWith("http")) {
   // Neither a manifest nor a service worker can belong to a file.
   document.head.append(make("link", { rel: "manifest", href: "manifest.webmanifest" }));
+  const before = navigator.serviceWorker?.controller; // null on the first visit
+  navigator.serviceWorker?.addEventListener("controllerchange", () => {
+    // There is another build. An answer stays; it has all it needs, once the worker is ready.
+    if (before && !(ready && state.photograph)) location.reload();
+  });
   navigator.serviceWorker?.register("service-worker.js");
   navigator.serviceWorker?.ready.then(() => (element("offline").hidden = false));
 }

@@ -21,9 +21,11 @@ export const WORDS = {
     strangeWhy: "It is like none that I was shown. Perhaps it is no fruit, or the background is not plain.",
     uncalibrated: "How sure it is could not be measured: no fruit was photographed twice apart.",
     good: "How good it is",
-    measured: ({ images, labels, accuracy, top3 }) =>
-      `It named ${accuracy} of ${images} photographs of ${labels} fruits rightly, and ${top3} among its first three. ` +
+    measured: ({ images, labels, named, also }) =>
+      `It named ${named} of ${images} photographs of ${labels} fruits rightly, and ${also}. ` +
       "It had learnt from others, taken apart from these.",
+    amongThree: (share) => `${share} among its first three`,
+    refused: (share) => `refused ${share}, although it knows their fruits`,
     unmeasured: "How good it is could not be measured: no fruit was photographed twice apart.",
     trained: ({ images }) => `It has since learnt from all ${images} that it was given.`,
     strangers: ({ share }) => `Of fruits that it was never shown, it takes ${share} for one that it knows.`,
@@ -60,9 +62,11 @@ export const WORDS = {
     strangeWhy: "Elle ne ressemble à aucune de celles que l’on m’a montrées. Ce n’est peut-être pas un fruit, ou le fond n’est pas uni.",
     uncalibrated: "La sûreté de la réponse n’a pas pu être mesurée : aucun fruit n’a été photographié deux fois séparément.",
     good: "Ce que cela vaut",
-    measured: ({ images, labels, accuracy, top3 }) =>
-      `La réponse était juste pour ${accuracy} de ${images} photos de ${labels} fruits, et parmi les trois premières pour ` +
-      `${top3}. L’apprentissage s’était fait sur d’autres photos, prises séparément.`,
+    measured: ({ images, labels, named, also }) =>
+      `La réponse était juste pour ${named} de ${images} photos de ${labels} fruits, et ${also}. ` +
+      `L’apprentissage s’était fait sur d’autres photos, prises séparément.`,
+    amongThree: (share) => `parmi les trois premières pour ${share}`,
+    refused: (share) => `${share} ont été refusées, bien que leur fruit soit connu`,
     unmeasured: "La qualité n’a pas pu être mesurée : aucun fruit n’a été photographié deux fois séparément.",
     trained: ({ images }) => `Depuis, il s’est fait sur toutes les ${images} photos fournies.`,
     strangers: ({ share }) => `Parmi les photos de fruits jamais montrés, ${share} sont prises pour celles d’un fruit connu.`,
