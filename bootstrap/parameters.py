@@ -128,4 +128,4 @@ def load(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(f"params.yaml: {line}" for line in what_is_wrong_with_images()))
+    sys.exit("\n".join(f"params.yaml: {line}" for line in what_is_wrong_with_images()) or None)

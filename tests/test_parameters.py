@@ -1,8 +1,11 @@
 """parameters.py: each number of params.yaml has its bounds, and a wrong one ends a run before it begins."""
 
 import importlib
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +143,16 @@ def test_an_experiment_changes_the_line_of_its_parameter_and_loses_no_comment(re
 def test_flags_are_what_dvc_makes_of_a_section() -> None:
     section = {"k": 0.95, "names": [2, 4], "pattern": "^a b$", "is_on": True, "is_off": False, "none": []}
     assert parameters.flags(section) == shlex.split(interpolate.to_str(section))
+
+
+@pytest.mark.parametrize(("images", "status"), [("data/sample", 0), ("data/nowhere", 1)])
+def test_make_run_goes_on_only_if_the_folder_of_images_can_be_had(images: str, status: int, repository: Path) -> None:
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    (repository / "params.yaml").write_text(yaml.safe_dump(params | {"images": images}))
+    done = subprocess.run(
+        [sys.executable, "-m", "bootstrap.parameters"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, bool(done.stderr)) == (status, "", bool(status))
