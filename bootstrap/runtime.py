@@ -91,7 +91,8 @@ def figures(evaluation: Path, classifier: Path) -> str:
     words = [f"{found['images']['images']:,} images, k = {found['variance']['components']}"]
     if nearest := found.get("nearest_neighbour"):
         words += [f"nearest neighbour {nearest['embedding']:.1%} (all features {nearest['features']:.1%})"]
-    if recognition := json.loads((classifier / "metrics.json").read_text()).get("recognition"):
+    recognition = json.loads((classifier / "metrics.json").read_text())["recognition"]
+    if "accuracy" in recognition:  # it has none where nothing can be tested
         words += [f"recognised {recognition['accuracy']:.1%}"]
     return ", ".join(words)
 
@@ -144,7 +145,11 @@ def estimate(job: Job, cores: int) -> float | None:
 
 
 def read_record() -> list[dict[str, Any]]:
-    return list(json.loads(RECORD.read_text())["stages"]) if RECORD.exists() else []
+    """Read what the stages of the last record took; nothing if it is not there, or damaged: it describes a run only."""
+    try:
+        return list(json.loads(RECORD.read_text())["stages"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
 
 
 def add_up(stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -170,9 +170,16 @@ def test_a_run_ends_with_its_figures(capsys: pytest.CaptureFixture[str]) -> None
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("damaged", ["", '{"run": {"sta', "[]", '{"stages": 3}', "null"])
+def test_a_damaged_record_is_as_none(damaged: str) -> None:
+    Path("reports").mkdir()
+    Path("reports/runtime.json").write_text(damaged)
+    assert runtime.read_record() == []
+
+
 def test_a_run_without_accuracies_ends_with_the_figures_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
     Path("evaluation/metrics.json").write_text(json.dumps(EVALUATION | {"nearest_neighbour": None}))
-    Path("classifier/metrics.json").write_text("{}")
+    Path("classifier/metrics.json").write_text(json.dumps({"recognition": {"images": 0, "labels": 0}}))
     end_run(reduce=f"{REDUCE} 64")
     assert "1,008 images, k = 64; more in evaluation/summary.txt" in capsys.readouterr().out
 
