@@ -121,6 +121,7 @@ EXPERIMENTS = (
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_places(args.ingested, args.split, args.reduced, args.classifier, args.evaluation)
     found = json.loads(Path(args.evaluation, "metrics.json").read_text())
     found |= json.loads(Path(args.classifier, "metrics.json").read_text())
     (metrics,) = pd.json_normalize(found).to_dict("records")
@@ -187,6 +188,12 @@ def describe_run() -> dict[str, str]:
 def git(*command: str) -> str:
     """Return what git prints; nothing if it fails, as where nobody has committed a run."""
     return subprocess.run(["git", *command], capture_output=True, text=True).stdout
+
+
+def check_places(*places: str) -> None:
+    """End by SystemExit if a run has not got this far."""
+    if missing := [place for place in places if not Path(place).exists()]:
+        raise SystemExit(f"report: there is no {', '.join(missing)}: `dvc repro` makes it, or says why it cannot be made")
 
 
 def charts(revisions: list[str]) -> dict[str, dict[str, Any]]:

@@ -38,6 +38,9 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The pipeline and its stages, whose dvc.lock has accepted params.yaml as it is."""
     for name in ("dvc.yaml", "dvc.lock", "params.yaml"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    lock = yaml.safe_load((ROOT / "dvc.lock").read_text())
+    lock["stages"]["drift"] = {"params": {"params.yaml": {"drift": PARAMS["drift"]}}}  # which a first run adds
+    (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
     (tmp_path / "stages").symlink_to(ROOT / "stages")
     monkeypatch.chdir(tmp_path)
     return tmp_path

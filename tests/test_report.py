@@ -133,6 +133,11 @@ def test_nothing_else_is_written(folder: Path, page: str) -> None:
     assert {path.name for path in folder.glob("report*")} == {"report.html", "reports"}
 
 
+def test_a_run_that_has_not_got_so_far_is_said_in_one_sentence() -> None:
+    with pytest.raises(SystemExit, match=r"^report: there is no data/nowhere: `dvc repro` makes it, or says why"):
+        report.main([str(ROOT / "stages"), *[str(ROOT / "data")] * 3, "data/nowhere", "report.html"])
+
+
 def test_the_same_run_gives_the_same_page(folder: Path, page: str) -> None:
     assert make_page(folder, PLACES) == page
 
