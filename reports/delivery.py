@@ -7,13 +7,13 @@ reads   FOLDER      the delivery: a folder for each label, at any depth
 writes  COLLECTION  copies of the photographs, each at its path in FOLDER; and `dvc add`
 
 Nothing that is there is written over: if a file has the path of another one with other content, nothing is taken in. What
-`ingest` would refuse or ignore is named, and stays where it is. --look takes nothing in. It is no stage of the pipeline.
+`ingest` would refuse or ignore is named, and stays where it is. Only its `share` is of a run, and not of a collection.
+--look takes nothing in. It is no stage of the pipeline.
 """
 
 import argparse
 import hashlib
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -28,58 +28,42 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm import tqdm
 
+from bootstrap import parameters
 from stages import ingest
 
 SAMPLE, MINE = "data/sample", "data/mine"
 SOME = 5  # examples of each kind that are named
-HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX", "@eaDir")  # of operating systems, besides names that begin with a dot
-SIGNS = {
-    b"\xff\xd8": "JPEG",
-    b"\x89PNG": "PNG",
-    b"GIF8": "GIF",
-    b"RIFF": "WebP",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-}
 
 
 class File(NamedTuple):
     """Hold what a look at one file of the delivery found."""
 
     path: str  # relative to FOLDER
-    image_id: str  # SHA-256 of its bytes, hexadecimal
     size: int  # bytes
-    kind: str  # for an image its format, such as JPEG
-    width: int  # pixels, upright
-    height: int
-    reason: str = ""  # why it is not taken in
-    detail: str = ""
-
-    @property
-    def label(self) -> str:
-        return Path(self.path).parent.name
+    reason: str = ""  # why it is not taken in: one of ingest.REASONS or ingest.PASSED_OVER
+    detail: str = ""  # of PASSED_OVER, the kind
+    label: str = ""  # this and the rest of an image only
+    image_id: str = ""  # SHA-256 of its bytes, hexadecimal
+    format: str = ""  # such as JPEG
+    width: int = 0  # pixels, upright
+    height: int = 0
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     params = yaml.safe_load(Path("params.yaml").read_text())
     collection = Path(args.into or (MINE if params["images"] == SAMPLE else params["images"]))
-    paths, ignored = find_files(args.folder)
+    settings = ingest.parse_args(["", "", *parameters.flags(params["ingest"])])
     check_places(args.folder, collection)
 
-    settings = params["ingest"]
-    limits = {"max_bytes": settings["max_file_mb"] * 2**20, "max_pixels": settings["max_pixels"]}
-    with ProcessPoolExecutor() as pool:
-        looked = pool.map(partial(look_at, args.folder, **limits), paths, chunksize=16)
-        files = list(tqdm(looked, "look", len(paths), unit="file", leave=False, disable=None))  # on a terminal only
+    files = look(args.folder, settings)
     images = [file for file in files if not file.reason]
-    refused = [file for file in files if file.reason and file.reason != "ignored"]
-    ignored += [file.path for file in files if file.reason == "ignored"]
-    known = find_known(collection, {file.size for file in images})
-    for line in describe(args.folder, images, refused, ignored, settings["group_pattern"]):
+    there, _ = find_files(collection, settings) if collection.is_dir() else ([], [])
+    sizes = {file.size for file in images}
+    known = {path: sha256(collection / path) for path, size in there if size in sizes}
+    for line in describe(args.folder, files, settings.group_pattern):
         print(line)
-    for line in compare(images, collection, known):
+    for line in compare(images, collection, [path for path, _ in there], known, settings):
         print(line)
 
     if collisions := [file.path for file in images if collides(file, collection, known)]:
@@ -97,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_places(folder: Path, collection: Path) -> None:
-    """Refuse a collection that a run would write over, and a delivery that lies in it, by SystemExit."""
+    """Refuse by SystemExit a delivery that is no folder or lies in the collection, and a collection that runs write."""
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is no folder. Say which one holds the delivery: make add FOLDER=…")
     stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"].values()
     if str(collection) in {output for stage in stages for output in stage.get("outs", [])}:
         raise SystemExit(f"{collection} belongs to the pipeline, which writes it again: say INTO={MINE}, or another folder")
@@ -106,61 +92,58 @@ def check_places(folder: Path, collection: Path) -> None:
         raise SystemExit(f"{folder} and {collection} lie one in the other: a delivery comes from outside of the collection")
 
 
-def find_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Find all files below the folder, as paths relative to it: those to look at, and those that are hidden.
+def look(folder: Path, settings: argparse.Namespace) -> list[File]:
+    """Look at each file below the folder, with the parameters of `ingest`.
 
     Raises
     ------
     SystemExit
-        it is no folder, holds no file, or holds a link or a file that no folder labels
+        the folder has no file that `ingest` would read, a link to a folder, or no folder that would be a label
     """
-    if not folder.is_dir():
-        raise SystemExit(f"{folder} is no folder. Say which one holds the delivery: make add FOLDER=…")
-    links, files = [], []
-    for parent, names_of_folders, names in os.walk(folder):
-        here = [Path(parent, name) for name in (*names_of_folders, *names)]
-        links += [str(path.relative_to(folder)) for path in here if path.is_symlink()]
-        files += [path.relative_to(folder) for path in here if path.is_file()]
-    hidden = [file for file in files if any(part.startswith(".") or part in HIDDEN for part in file.parts)]
-    paths = sorted(str(file) for file in {*files} - {*hidden})
-    if links:
-        raise SystemExit(f"In {folder}, {name_some(links)} a link to elsewhere: put there what it links to")
-    if not paths:
-        raise SystemExit(f"{folder} holds no file, or only hidden ones")
-    bare = [path for path in paths if os.sep not in path]
-    if len(bare) == len(paths):
+    candidates, passed_over = find_files(folder, settings)
+    if not candidates:
+        raise SystemExit(f"{folder} holds no file, or only such as `ingest` does not read")
+    if not any("/" in path for path, _ in candidates):
         raise SystemExit(f"{folder} has no folders for the labels. If it is one label, say the folder that holds it")
-    return paths, sorted(map(str, hidden))
+    with ProcessPoolExecutor(initializer=ingest.quiet_pillow) as pool:
+        looked = pool.map(partial(look_at, folder, settings), candidates, chunksize=16)
+        # A bar on a terminal only.
+        return passed_over + list(tqdm(looked, "look", len(candidates), unit="file", leave=False, disable=None))
 
 
-def look_at(folder: Path, path: str, *, max_bytes: int, max_pixels: int) -> File:
-    """Look at one file as `ingest` does."""
-    size = (folder / path).stat().st_size
+def find_files(folder: Path, settings: argparse.Namespace) -> tuple[list[tuple[str, int]], list[File]]:
+    """List all files below the folder: path and length of those that `ingest` would read, and those that it would not."""
+    why = ingest.reader_of_names(settings.take, settings.leave_out, share=1)
+    candidates, passed_over = [], []
+    for path, length in sorted(ingest.list_local(str(folder))):
+        if not (reason := why(path)):
+            candidates.append((path, length))
+        else:
+            passed_over.append(File(ingest.show(path), length, *reason))
+    return candidates, passed_over
+
+
+def look_at(folder: Path, settings: argparse.Namespace, candidate: tuple[str, int]) -> File:
+    path, length = candidate
     try:
-        if size > max_bytes:
-            raise ingest.Refused("too_large", f"{size:,} bytes, more than {max_bytes:,}")
-        if os.sep not in path:
-            raise ingest.Refused("no_label", "it is in no folder that would be its label")
-        content = (folder / path).read_bytes()
-        image, *_ = ingest.decode(content, max_pixels)
-    except OSError as error:
-        return File(path, "", size, "", 0, 0, "unreadable", str(error))
+        content, image, _ = ingest.open_file(
+            os.fsencode(folder),
+            os.fsencode(path),
+            length,
+            None,
+            max_bytes=settings.max_file_mb * 2**20,
+            max_pixels=settings.max_pixels,
+            min_side=settings.min_side,
+        )
     except ingest.Refused as refused:
-        is_named_so = path.lower().rpartition(".")[2] in ingest.EXTENSIONS
-        reason = refused.reason if is_named_so or refused.reason != "not_an_image" else "ignored"
-        return File(path, "", size, "", 0, 0, reason, refused.detail)
-    return File(path, hashlib.sha256(content).hexdigest(), size, format_of(content), image.width, image.height)
+        return File(ingest.show(path), length, refused.reason, refused.detail)
+    label = ingest.label_of(path, settings.label_depth) or ""
+    image_id, format = hashlib.sha256(content).hexdigest(), ingest.format_of(content) or ""
+    return File(path, length, "", "", label, image_id, format, image.width, image.height)
 
 
-def format_of(content: bytes) -> str:
-    """Name the format of an image by its first bytes, as people call it."""
-    return next((name for sign, name in SIGNS.items() if content.startswith(sign)), "other")
-
-
-def find_known(collection: Path, sizes: set[int]) -> dict[str, str]:
-    """Find the files of the collection that have one of these sizes, in bytes: the SHA-256 of each by its path there."""
-    files = [path for path in collection.rglob("*") if path.is_file() and path.stat().st_size in sizes]
-    return {str(path.relative_to(collection)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def collides(file: File, collection: Path, known: Mapping[str, str]) -> bool:
@@ -168,47 +151,70 @@ def collides(file: File, collection: Path, known: Mapping[str, str]) -> bool:
     return os.path.lexists(collection / file.path) and known.get(file.path) != file.image_id
 
 
-def describe(folder: Path, images: list[File], refused: list[File], ignored: list[str], group_pattern: str) -> list[str]:
+def describe(folder: Path, files: list[File], group_pattern: str) -> list[str]:
     """Say in a few lines what the delivery holds."""
-    labels, kinds = Counter(file.label for file in images), Counter(file.kind for file in images)
+    images = [file for file in files if not file.reason]
+    ignored = [file for file in files if file.reason in ingest.PASSED_OVER]
+    labels = Counter(file.label for file in images)
     size = sum(file.size for file in images)
     lines = [f"{folder}: {len(images):,} photographs of {len(labels):,} labels, {size / 1e6:,.1f} MB"]
     if images:
         least, most = (pick(images, key=lambda file: file.width * file.height) for pick in (min, max))
         sizes = " to ".join(dict.fromkeys(f"{file.width:,} x {file.height:,}" for file in (least, most)))
-        lines += [f"  formats   {count_each(kinds)}; {sizes} pixels", f"  labels    {count_each(labels)}"]
+        lines += [f"  formats   {count_each(Counter(file.format for file in images))}; {sizes} pixels"]
+        lines += [f"  labels    {count_each(labels)}"]
         twins = len(images) - len({file.image_id for file in images})
         lines += [f"  copies    {twins:,} have the same bytes as another one of the delivery"] * bool(twins)
-        unnamed = sum(not re.search(group_pattern, Path(file.path).name) for file in images)
+        films = [ingest.film_of(file.label, Path(file.path).name, group_pattern) for file in images]
         said = "names tell no film; the photographs themselves tell which are nearly equal"
-        lines += [f"  films     {unnamed:,} {said}"] * bool(unnamed)
-    for reason, n in Counter(file.reason for file in refused).most_common():
-        some = [file for file in refused if file.reason == reason]
+        lines += [f"  films     {films.count(None):,} {said}"] * (None in films)
+    for reason, n in Counter(file.reason for file in files if file.reason in ingest.REASONS).most_common():
+        some = [file for file in files if file.reason == reason]
         lines += [f"  refused   {n:,} {reason}:"]
         lines += [f"            {file.path}: {file.detail}" for file in some[:SOME]] + ["            …"] * (n > SOME)
     if ignored:
-        kinds = Counter(Path(path).suffix.lower() or Path(path).name for path in ignored)
-        lines += [f"  ignored   {len(ignored):,} that are no photographs: {count_each(kinds)}"]
+        lines += [f"  ignored   {len(ignored):,} files: {count_each(Counter(file.detail for file in ignored))}"]
     return lines
 
 
-def compare(images: list[File], collection: Path, known: Mapping[str, str]) -> list[str]:
-    """Say in a few lines what of the delivery the collection has already."""
-    there = [file for file in images if known.get(file.path) == file.image_id]
+def compare(
+    images: list[File], collection: Path, there: list[str], known: Mapping[str, str], settings: argparse.Namespace
+) -> list[str]:
+    """Say in a few lines what of the delivery the collection has already, and what `ingest` would say of both together.
+
+    Parameters
+    ----------
+    there : paths of the collection; they are not decoded again, and count as images
+    known : of some of these, the SHA-256 by path
+    """
+
+    def label_of(path: str) -> str:
+        return ingest.label_of(ingest.show(path), settings.label_depth) or ""
+
     paths_of: dict[str, list[str]] = {}
     for path, image_id in known.items():
         paths_of.setdefault(image_id, []).append(path)
-    twins = [(file.path, paths_of[file.image_id][0]) for file in images if file not in there and file.image_id in paths_of]
-    others = [pair for pair in twins if Path(pair[0]).parent.name != Path(pair[1]).parent.name]
-    labels = {path.name for path in collection.rglob("*") if path.is_dir()}
+    others = [file for file in images if known.get(file.path) != file.image_id]
+    twins = [(file.path, paths_of[file.image_id][0]) for file in others if file.image_id in paths_of]
+    astray = [pair for pair in twins if label_of(pair[0]) != label_of(pair[1])]
+    labels = {label_of(path) for path in there if "/" in path}
     new = sorted({file.label for file in images} - labels) if labels else []
     lines = [f"  new       labels that {collection} does not have: {', '.join(new)}"] * bool(new)
-    lines += [f"  known     {len(there):,} are in {collection} already"] * bool(there)
-    for pairs, what in ((twins, "under another name"), (others, "under another label: one of the two is wrong")):
+    n_same = len(images) - len(others)
+    lines += [f"  known     {n_same:,} are in {collection} already"] * bool(n_same)
+    for pairs, what in ((twins, "under another name"), (astray, "under another label: one of the two is wrong")):
         lines += [f"  known     {len(pairs):,} are in {collection} {what}"] * bool(pairs)
-        lines += [f"            {path} = {twin}" for path, twin in pairs[:SOME]]
+        lines += [f"            {path} = {ingest.show(twin)}" for path, twin in pairs[:SOME]]
         lines += ["            …"] * (len(pairs) > SOME)
-    return lines
+
+    together = {*there, *(file.path for file in images)}
+    counts = Counter((label_of(path), ingest.show(path).rpartition("/")[0]) for path in together if "/" in path)
+    folders = sorted((label, folder, n) for (label, folder), n in counts.items())
+    lines += [f"  together  {line}" for line in ingest.say_labels(folders, settings.label_depth)]
+    end = "; `ingest` would end there" if settings.on_breach == "end" else ""
+    return lines + [
+        f"  together  {line}{end}" for line in ingest.breaches(folders, settings.labels, settings.min_images_per_label)
+    ]
 
 
 def take_in(folder: Path, collection: Path, paths: list[str]) -> None:

@@ -100,6 +100,7 @@ SUBSETS = re.compile("train(ing)?|tests?|testing|val|valid|validation|dev|eval",
 EXAMPLES = 10  # of files or labels that are named on screen
 TASK_BYTES = 128 * 2**20  # of files in a task
 OPEN_BYTES = 256 * 2**10  # that to open a file costs: a task has some 500 small files
+CAMERA_RAW = "a raw photograph of a camera"
 FORMATS = {  # that are read, by Pillow's name: what a file of each starts with
     "JPEG": rb"\xff\xd8\xff",
     "PNG": rb"\x89PNG\r\n",
@@ -116,7 +117,7 @@ OTHERS = {  # that people deliver by mistake
     rb"%PDF": "a PDF document",
     rb"PK\x03\x04": "a ZIP archive, or a document that is one",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive",
-    rb".{4}ftypcrx |FUJIFILM|IIRO|IIU\0": "a raw photograph of a camera",
+    rb".{4}ftypcrx |FUJIFILM|IIRO|IIU\0": CAMERA_RAW,
     rb"RIFF.{4}WAVE|ID3|OggS|fLaC": "a sound (WAV, MP3, Ogg or FLAC)",
     rb"RIFF.{4}AVI |.{4}ftyp|.{4}(moov|mdat)|\x1aE\xdf\xa3": "a video (AVI, MP4, QuickTime or Matroska)",
     rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51": "a JPEG 2000",
@@ -336,8 +337,7 @@ def inspect_files(
     root = os.fsencode(listing.root) if listing.is_local else None
 
     def inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        Image.MAX_IMAGE_PIXELS = None  # the limit is ours; Pillow's own only warns
-        warnings.simplefilter("ignore")  # of metadata that is not as it should be; pixels are checked below
+        quiet_pillow()
         for batch in batches:
             rows, n_bytes = [], 0
             for i in range(len(batch)):
@@ -350,33 +350,21 @@ def inspect_files(
 
     def inspect_file(path: bytes, length: int, content: bytes | None) -> dict[str, Any]:
         shown = show(path)
-        label, name = label_of(shown, label_depth), shown.split("/")[-1]
+        label = label_of(shown, label_depth)
         row = {"path": shown, "label": label, "length": length}
         try:
-            if extension_of(name) in RAW:
-                raise Refused("not_an_image", "a camera's raw file")
-            if length > max_bytes:
-                raise Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
-            if content is None:
-                content = read_file(root, path, length)
-            image_id = hashlib.sha256(content).hexdigest()
-            image, is_kept = decode(content, max_pixels)
-            if min(image.size) < min_side:
-                raise Refused("too_small", f"{image.width} x {image.height}, less than {min_side:,} on a side")
-            if label is None:
-                raise Refused("no_label", "in no folder")
+            content, image, is_kept = open_file(
+                root, path, length, content, max_bytes=max_bytes, max_pixels=max_pixels, min_side=min_side
+            )
         except Refused as refused:
-            # The name does not claim to be an image, and neither does the content.
-            if refused.reason in ("empty", "not_an_image", "too_large") and extension_of(name) not in EXTENSIONS:
-                return row | {"reason": "no_image", "detail": kind_of(name)}
             return row | {"reason": refused.reason, "detail": refused.detail}
-        except MemoryError as error:
-            raise MemoryError(f"{shown} takes more memory than a worker has: lower max_pixels or use fewer cores") from error
+        assert label is not None  # open_file refuses what is in no folder
+        image_id = hashlib.sha256(content).hexdigest()
         if not is_kept:
             content = to_png(image)
         return row | {
             "image_id": image_id,
-            "film": film_of(label, name, group_pattern),
+            "film": film_of(label, shown.split("/")[-1], group_pattern),
             "width": image.width,
             "height": image.height,
             "thumbnail": image.resize(THUMBNAIL, Image.Resampling.BOX).tobytes(),
@@ -398,6 +386,56 @@ def inspect_files(
     # Spark gives no row for a file that is empty, too large for us, or cannot be opened.
     seen = inspected.select(F.encode("path", "UTF-8").alias("path"))
     return inspected.union(files.join(seen, "path", "left_anti").mapInArrow(inspect, INSPECTED))
+
+
+def quiet_pillow() -> None:
+    """Let Pillow open what `open_file` is to judge, and say nothing of it."""
+    Image.MAX_IMAGE_PIXELS = None  # the limit is ours; Pillow's own only warns
+    warnings.simplefilter("ignore")  # of metadata that is not as it should be; pixels are checked by `decode`
+
+
+def open_file(
+    root: bytes | None, path: bytes, length: int, content: bytes | None, *, max_bytes: int, max_pixels: int, min_side: int
+) -> tuple[bytes, Image.Image, bool]:
+    """Read and decode a file that is an image.
+
+    Parameters
+    ----------
+    root : the folder that the path is relative to; None if it is not on this machine
+    content : of the file; None if it has not been read
+
+    Returns
+    -------
+    content; the image and whether content can be kept, as `decode` returns them
+
+    Raises
+    ------
+    Refused
+        the file is no image that we can use. The reason is no_image, and the detail its kind, if neither name nor content
+        claims to be one.
+    MemoryError
+        with the name of the file
+    """
+    shown = show(path)
+    try:
+        if extension_of(shown) in RAW:
+            raise Refused("not_an_image", CAMERA_RAW)
+        if length > max_bytes:
+            raise Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
+        if content is None:
+            content = read_file(root, path, length)
+        image, is_kept = decode(content, max_pixels)
+        if min(image.size) < min_side:
+            raise Refused("too_small", f"{image.width} x {image.height}, less than {min_side:,} on a side")
+        if "/" not in shown:
+            raise Refused("no_label", "in no folder")
+    except Refused as refused:
+        if refused.reason in ("empty", "not_an_image", "too_large") and extension_of(shown) not in EXTENSIONS:
+            raise Refused("no_image", kind_of(shown, refused.detail)) from refused
+        raise
+    except MemoryError as error:
+        raise MemoryError(f"{shown} takes more memory than a worker has: lower max_pixels or use fewer cores") from error
+    return content, image, is_kept
 
 
 def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
@@ -628,7 +666,7 @@ def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
 
 def open_image(content: bytes) -> ImageFile.ImageFile:
     """Read the header of an image, whose format its first bytes tell."""
-    format = next((name for name, start in FORMATS.items() if re.match(start, content, re.DOTALL)), None)
+    format = format_of(content)
     if format is None:
         raise Refused("not_an_image", what_else(content))
     if format == "HEIF":
@@ -639,6 +677,11 @@ def open_image(content: bytes) -> ImageFile.ImageFile:
         return Image.open(io.BytesIO(content), formats=[format])
     except UnidentifiedImageError:
         return Image.OPEN[format][0](io.BytesIO(content), "")  # fails too, and says why
+
+
+def format_of(content: bytes) -> str | None:
+    """Name the format of an image as Pillow does, by its first bytes; None if it is not one of FORMATS."""
+    return next((name for name, start in FORMATS.items() if re.match(start, content, re.DOTALL)), None)
 
 
 def load(image: ImageFile.ImageFile, content: bytes) -> Image.Image:
@@ -802,10 +845,11 @@ def extension_of(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
 
 
-def kind_of(name: str) -> str:
-    """Say what a file is that is no image, by its name."""
-    extension = extension_of(name)
-    return "camera raw" if extension in RAW else extension or "without extension"
+def kind_of(name: str, seen: str = "") -> str:
+    """Say what a file is that is no image: what was seen in it, if that is one of OTHERS; or else the ending of its name."""
+    if seen in OTHERS.values():
+        return re.sub(r"^an? |([,:]| \().*", "", seen)  # without its article and what is said besides
+    return extension_of(name) or "without extension"
 
 
 def regex(text: str) -> str:

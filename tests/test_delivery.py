@@ -4,16 +4,22 @@ import hashlib
 import os
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from dvc.repo import Repo
+from pyspark.sql import SparkSession
 
+from bootstrap import parameters
 from reports import delivery
-from tests.helpers import ROOT
+from stages import ingest
+from tests.helpers import PARAMS, ROOT
+from tests.test_ingest import HEIC, with_orientation
 
 
 @pytest.fixture
@@ -52,6 +58,12 @@ def write(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
+def change(old: str, new: str) -> None:
+    params = Path("params.yaml").read_text()
+    assert old in params
+    Path("params.yaml").write_text(params.replace(old, new, 1))
+
+
 def content_of(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
@@ -69,7 +81,121 @@ def test_what_is_in_a_delivery_is_said(repository: Path, brought: Path, capsys: 
     assert "labels    Apple 2, Plum 1" in said
     assert "films     2 names tell no film" in said
     assert "refused   1 truncated:\n            Plum/cut.jpg: " in said
-    assert "ignored   2 that are no photographs: .DS_Store 1, .txt 1" in said
+    assert "ignored   2 files: hidden 1, txt 1" in said
+
+
+ODD = {"max_file_mb": 1, "max_pixels": 10_000, "min_side": 10, "leave_out": ["*/left out/*"], "max_quarantined": 1.0}
+
+
+@pytest.fixture
+def odd(tmp_path: Path, image_bytes: Callable[..., bytes]) -> Path:
+    """A delivery of all that there is: formats, names, links, damage, and files that are no images."""
+    folder, photo = tmp_path / "odd", image_bytes()
+    contents = {
+        "Kiwi/1.jpg": photo,
+        "Kiwi/new/_MG_1": photo,
+        "Kiwi/wrong.txt": photo,
+        "Kiwi/12:30.jpg": photo,
+        unicodedata.normalize("NFD", "Pêche/1.jpg"): photo,
+        "Kiwi/2.png": image_bytes("PNG"),
+        "Kiwi/3.webp": image_bytes("WEBP"),
+        "Kiwi/4.bmp": image_bytes("BMP"),
+        "Kiwi/5.gif": image_bytes("GIF"),
+        "Kiwi/6.tif": image_bytes("TIFF"),
+        "Kiwi/7.avif": image_bytes("AVIF"),
+        "Kiwi/8.HEIC": HEIC,
+        "loose": photo,
+        "Kiwi/turned.jpg": image_bytes(exif=with_orientation(6)),
+        "Kiwi/cut.jpg": photo[:200],
+        "Kiwi/cut": photo[:200],
+        "Kiwi/empty.jpg": b"",
+        "Kiwi/small.jpg": image_bytes(size=(9, 20)),
+        "Kiwi/wide.jpg": image_bytes(size=(101, 100)),
+        "Kiwi/large.jpg": bytes(2**20 + 1),
+        "Kiwi/letter.jpg": b"text",
+        "Kiwi/letter.png": b"%PDF-1.7",
+        "Kiwi/empty.csv": b"",
+        "Kiwi/large.mp4": bytes(2**20 + 1),
+        "Kiwi/notes.txt": b"text",
+        "Kiwi/notes": b"%PDF-1.7",
+        "Kiwi/photos.jpg.bak": b"PK\x03\x04",
+        "Kiwi/preview.NEF": image_bytes("TIFF"),
+        "Kiwi/raw": b"FUJIFILMCCD-RAW",
+        "Kiwi/left out/1.jpg": photo,
+        "Kiwi/.hidden.jpg": photo,
+        "Kiwi/@eaDir/1.jpg": photo,
+        "__MACOSX/Kiwi/1.jpg": photo,
+        "Kiwi/THUMBS.DB": b"",
+        os.fsdecode(b"P\xeache/1.jpg"): photo,
+        os.fsdecode(b"P\xeache/notes.txt"): b"text",
+        os.fsdecode(b"P\xeache/.hidden"): b"",
+    }
+    for path, content in contents.items():
+        write(folder / path, content)
+    (folder / "Kiwi/link.jpg").symlink_to("1.jpg")
+    (folder / "Kiwi/lost.jpg").symlink_to("nowhere.jpg")
+    return folder
+
+
+def test_each_file_is_what_ingest_says_it_is(spark: SparkSession, odd: Path, tmp_path: Path) -> None:
+    flags = parameters.flags(PARAMS["ingest"] | ODD)
+    ingest.main([str(odd), str(tmp_path / "ingested"), *flags])
+    images, quarantine, ignored = (
+        pq.read_table(tmp_path / "ingested" / name).to_pylist() for name in ("images", "quarantine", "ignored")
+    )
+    wanted = {row["path"]: (row["label"], row["image_id"], row["width"], row["height"]) for row in images}
+    wanted |= {row["path"]: (row["reason"], row["detail"], row["length"]) for row in quarantine}
+    wanted |= {row["path"]: (row["reason"], row["kind"], row["length"]) for row in ignored}
+    seen = {
+        file.path: (file.reason, file.detail, file.size)
+        if file.reason
+        else (file.label, file.image_id, file.width, file.height)
+        for file in delivery.look(odd, ingest.parse_args(["", "", *flags]))
+    }
+    assert seen == wanted
+    assert len(seen) == sum(len(names) for _, _, names in os.walk(odd))
+    assert {row["reason"] for row in quarantine} == {*ingest.REASONS}
+    assert {row["reason"] for row in ignored} == {*ingest.PASSED_OVER} - {"not_in_share"}
+
+
+def test_all_formats_are_named(repository: Path, odd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    delivery.main(["--look", str(odd)])
+    said = capsys.readouterr().out
+    (formats,) = [line.split(";")[0].split()[1:] for line in said.splitlines() if line.startswith("  formats")]
+    assert sorted(formats[::2]) == sorted(ingest.FORMATS)
+
+
+def test_a_delivery_is_taken_in_whatever_share_a_run_takes(repository: Path, brought: Path) -> None:
+    change("share: 1", "share: 0.001")
+    delivery.main([str(brought)])
+    assert len(content_of(repository / "data/mine")) == len(PHOTOGRAPHS)
+
+
+def test_what_is_left_out_stays_where_it_is(repository: Path, brought: Path) -> None:
+    change("leave_out: []", "leave_out: [Apple/*]")
+    delivery.main([str(brought)])
+    assert {*content_of(repository / "data/mine")} == {"deep/Plum/31_100.jpg"}
+
+
+def test_two_folders_can_make_the_label(repository: Path, brought: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change("label_depth: 1", "label_depth: 2")
+    delivery.main(["--look", str(brought)])
+    assert "labels    Apple 2, deep/Plum 1\n" in capsys.readouterr().out
+
+
+def test_what_ingest_will_say_of_labels_is_said_of_collection_and_delivery_together(
+    repository: Path, brought: Path, image_bytes: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    change("min_images_per_label: 1", "min_images_per_label: 2")
+    write(repository / "data/mine/apple/1.jpg", image_bytes(seed=9))
+    write(repository / "data/mine/Plum/1.jpg", image_bytes(seed=8))
+    delivery.main(["--look", str(brought)])
+    said = capsys.readouterr().out
+    assert (
+        "together  warning: labels that differ by capitals or blanks only: 'Apple' (2 images), 'apple' (1 images)\n" in said
+    )
+    assert "together  note: 1 of 3 labels lie below several folders, such as 'Plum' (. 1, deep 1). " in said
+    assert "together  1 labels have less than 2 images: apple 1; `ingest` would end there\n" in said
 
 
 def test_a_look_takes_nothing_in(repository: Path, brought: Path) -> None:
@@ -100,8 +226,7 @@ def test_it_ends_with_the_next_commands(repository: Path, brought: Path, capfd: 
 
 
 def test_by_default_a_delivery_goes_where_the_pipeline_reads(repository: Path, brought: Path) -> None:
-    params = (repository / "params.yaml").read_text().replace("images: data/sample", "images: data/all of them")
-    (repository / "params.yaml").write_text(params)
+    change("images: data/sample", "images: data/all of them")
     delivery.main([str(brought)])
     assert len(content_of(repository / "data/all of them")) == len(PHOTOGRAPHS)
 
@@ -162,9 +287,9 @@ def test_a_copy_that_fails_half_way_leaves_nothing(repository: Path, brought: Pa
 
 
 @pytest.mark.parametrize("name", ["up", "Apple/3.jpg"])
-def test_a_link_is_refused_by_name(name: str, repository: Path, brought: Path) -> None:
+def test_a_link_to_a_folder_is_refused_by_name(name: str, repository: Path, brought: Path) -> None:
     (brought / name).symlink_to("..")
-    with pytest.raises(SystemExit, match=rf"brought, {name} is a link to elsewhere: put there what it links to"):
+    with pytest.raises(SystemExit, match=rf"1 links to folders are below .*brought, such as {name}\. "):
         delivery.main([str(brought)])
 
 
@@ -173,7 +298,7 @@ def test_photographs_without_a_label_are_refused_by_name(
 ) -> None:
     write(brought / "bare.jpg", image_bytes(seed=5))
     delivery.main(["--look", str(brought)])
-    assert "refused   1 no_label:\n            bare.jpg: it is in no folder" in capsys.readouterr().out
+    assert "refused   1 no_label:\n            bare.jpg: in no folder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -507,6 +507,17 @@ def test_pixels_are_those_of_featurize(resampling: str) -> None:
     np.testing.assert_array_equal(export.to_pixels(content, wanted), featurize.to_pixels(content, wanted), strict=True)
 
 
+def test_pixels_of_a_turned_photograph_are_upright() -> None:
+    colours = np.array([[[250, 0, 0], [0, 250, 0], [0, 0, 250]]], np.uint8)
+    wide = colours.repeat(8, axis=0).repeat(8, axis=1)  # 24 x 8 pixels
+    exif = Image.Exif()
+    exif[0x0112] = 6  # it is upright once turned by 90 degrees, clockwise
+    file = io.BytesIO()
+    Image.fromarray(wide).save(file, "PNG", exif=exif)
+    pixels = export.to_pixels(file.getvalue(), {"width": 8, "height": 24, "resampling": "bilinear"})
+    np.testing.assert_array_equal(pixels, np.rot90(wide, k=-1))
+
+
 def test_only_the_row_groups_that_hold_a_wanted_photograph_are_read(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     file = tmp_path / "images" / "part-00000.parquet"

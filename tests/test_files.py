@@ -98,7 +98,12 @@ IGNORED = {
     "readme": ("no_image", "without extension"),
     "Kiwi/empty.csv": ("no_image", "csv"),
     "Kiwi/long.mp4": ("no_image", "mp4"),
-    "Kiwi/1.NEF": ("no_image", "camera raw"),
+    "Kiwi/long.pdf": ("no_image", "pdf"),
+    "Kiwi/1.NEF": ("no_image", "raw photograph of a camera"),
+    "Kiwi/raw": ("no_image", "raw photograph of a camera"),
+    "Kiwi/scan": ("no_image", "PDF document"),
+    "Kiwi/film.dat": ("no_image", "video"),
+    "Kiwi/photos.jpg.bak": ("no_image", "ZIP archive"),
 }
 
 
@@ -110,6 +115,11 @@ def odd(spark: SparkSession, image_bytes: Callable[..., bytes], tmp_path_factory
     fill(photos, b"text", "Kiwi/letter.PDF", "readme")
     fill(photos, b"", "Kiwi/empty.csv")
     fill(photos, b"0" * (2**20 + 1), "Kiwi/long.mp4")
+    fill(photos, b"%PDF-1.7" + bytes(2**20), "Kiwi/long.pdf")  # which nobody reads to tell
+    fill(photos, b"%PDF-1.7", "Kiwi/scan")
+    fill(photos, b"\0\0\0 ftypisom", "Kiwi/film.dat")
+    fill(photos, b"PK\x03\x04", "Kiwi/photos.jpg.bak")
+    fill(photos, b"FUJIFILMCCD-RAW", "Kiwi/raw")
     fill(photos, image_bytes("TIFF"), "Kiwi/1.NEF")  # as the preview in it looks
     fill(photos, b"text", "Kiwi/letter.jpe")
     latin1 = os.fsencode(photos) + b"/P\xeache"
@@ -140,7 +150,9 @@ def test_what_can_be_decoded_is_an_image_whatever_its_name(path: str, odd: Outpu
 
 
 @pytest.mark.parametrize(("path", "why"), IGNORED.items(), ids=IGNORED.keys())
-def test_other_files_are_ignored_by_kind(path: str, why: tuple[str, str], odd: Output) -> None:
+def test_other_files_are_ignored_by_kind_which_content_tells_before_the_name(
+    path: str, why: tuple[str, str], odd: Output
+) -> None:
     assert odd.ignored[path] == why
 
 

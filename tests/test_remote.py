@@ -15,7 +15,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from tests.helpers import PYTHON, run
+from tests.helpers import PIPELINE, PYTHON, run
 
 pytestmark = pytest.mark.slow
 
@@ -115,19 +115,8 @@ def stages_run(said: str) -> list[str]:
 
 def data(folder: Path) -> list[str]:
     """The files of all that DVC tracks."""
-    places = [
-        "data/sample",
-        "data/backbone",
-        "data/ingested",
-        "data/features",
-        "data/neighbours",
-        "data/split",
-        "data/covariance",
-        "data/reduced",
-        "data/baseline",
-        "reports/suspects",
-    ]
-    files = [path for place in [*places, "reports/evaluation"] for path in (folder / place).rglob("*") if path.is_file()]
+    places = [place for stage in PIPELINE.values() for place in stage.get("outs", [])]
+    files = [path for place in places for path in (folder / place).rglob("*") if path.is_file()]
     return sorted(str(path.relative_to(folder)) for path in files)
 
 
@@ -165,7 +154,7 @@ def test_what_was_pushed_is_not_uploaded_again(author: Path, storage: Storage) -
 
 def test_another_k_in_a_fresh_clone_computes_and_fetches_what_it_needs(mate: Path, storage: Storage) -> None:
     said = run("dvc", "exp", "run", "--pull", "--allow-missing", "-S", "reduce.k=4", cwd=mate, **storage.environment)
-    assert stages_run(said) == ["reduce", "evaluate", "runtime"]
+    assert stages_run(said) == ["reduce", "evaluate", "classify", "export", "runtime"]
     assert (mate / "data/features").exists()
     assert not (mate / "data/sample").exists()
 
@@ -193,7 +182,7 @@ def test_an_experiment_that_is_pushed_is_had_with_metrics_and_data(
 def test_what_a_mate_has_run_is_not_run_again(mate: Path, experiment: str, storage: Storage) -> None:
     said = run("dvc", "exp", "run", "--pull", "--allow-missing", "-S", "reduce.k=3", cwd=mate, **storage.environment)
     assert stages_run(said) == ["runtime"]  # which records that all others came from the cache
-    assert [f"Stage '{stage}' is cached" in said for stage in ("reduce", "evaluate")] == [True, True]
+    assert [f"Stage '{stage}' is cached" in said for stage in ("reduce", "evaluate", "classify", "export")] == [True] * 4
 
 
 def test_wrong_credentials_are_said(mate: Path, storage: Storage) -> None:
