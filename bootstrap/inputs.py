@@ -1,7 +1,7 @@
-"""Check that a stage would read the same files of its inputs that DVC hashes."""
+"""Check that what a stage reads of its inputs is what DVC hashes: all of it, and the same when the stage has ended."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bootstrap.parameters import load
@@ -34,3 +34,32 @@ def check(places: Iterable[str]) -> None:
                     f"{os.path.relpath(left_out[0], root)}, but the stage would read them. Change .dvcignore, or move the "
                     "files elsewhere; to leave out photographs, use ingest.leave_out in params.yaml."
                 )
+
+
+def look(places: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Note of each file of these places its size, bytes, and when it was changed, ns since 1970."""
+    seen = {}
+    for place in places:
+        below = (os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names)
+        for path in (place, *below):
+            if os.path.isfile(path):
+                status = os.stat(path)
+                seen[path] = status.st_size, status.st_mtime_ns
+    return seen
+
+
+def check_unchanged(stage: str, places: Iterable[str], before: Mapping[str, tuple[int, int]]) -> None:
+    """Check that the files of these places are as `look` has noted them: DVC hashes them only when the stage has ended.
+
+    Raises
+    ------
+    SystemExit
+        a file came, went or changed meanwhile; with one of them, and what to do
+    """
+    now = look(places)
+    changed = sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
+    if changed:
+        raise SystemExit(
+            f"submit: {len(changed):,} of the files that {stage} reads came, went or changed while it was at work, such as "
+            f"{changed[0]}. So its output may be of other files than DVC would note, and is not kept. Run again."
+        )

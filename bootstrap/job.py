@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -144,6 +145,11 @@ def canonicalize(table: Path) -> None:
 
     parquet-java names its version in a footer, and orders some lists there by identity hashes. So equal tables differ by
     a few bytes (apache/parquet-java 3215). Written again by pyarrow, a table is the same file for every Spark.
+
+    Raises
+    ------
+    SystemExit
+        two parts would get one name, and one of them would be lost
     """
     # Arrow's usual allocator keeps some 40 MiB of each part that is written again; jemalloc returns them. Arrow reads this
     # variable when it is imported. The import is slow, and stages without Spark do not need it.
@@ -157,8 +163,15 @@ def canonicalize(table: Path) -> None:
         )
         part.unlink()
 
+    parts = list(table.glob("part-*.parquet"))
+    names = Counter(published_name(part.name) for part in parts)
+    if twice := [name for name, n in names.items() if n > 1]:
+        raise SystemExit(
+            f"submit: {len(parts):,} files of {table.name} would have {len(names):,} names; {min(twice)} is that of "
+            "several. Spark was told to divide a task's rows, as by spark.sql.files.maxRecordsPerFile: take that setting away."
+        )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(write_again, table.glob("part-*.parquet")))
+        list(pool.map(write_again, parts))
     for other in [*table.glob("_*"), *table.glob(".*")]:
         other.unlink()
 

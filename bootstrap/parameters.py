@@ -9,7 +9,7 @@ their section differs from the one in dvc.lock, which an earlier run has accepte
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ importlib.import_module(sys.argv[1]).parse_args(sys.argv[2:])
 """
 
 
-def check(running: str) -> None:
+def check(running: str, inputs: Iterable[str] = ()) -> None:
     """Check the folder of images, and let the stages parse their sections, except the running one, which does so itself.
+
+    Where DVC knows the folder, only a stage that reads it must have it here: the others go on with what `dvc pull` brings.
 
     Raises
     ------
@@ -42,12 +44,12 @@ def check(running: str) -> None:
     }
     said = {name: parser.communicate()[1].strip() for name, parser in parsers.items()}
     refused = [f"{name}: {said[name].splitlines()[-1]}" for name, parser in parsers.items() if parser.returncode]
-    refused += what_is_wrong_with_images()
+    refused += what_is_wrong_with_images(is_read="@images" in inputs)
     if refused:
         raise SystemExit("\n".join(f"params.yaml: {line}" for line in refused))
 
 
-def what_is_wrong_with_images() -> list[str]:
+def what_is_wrong_with_images(is_read: bool = True) -> list[str]:
     """Say why a run cannot read the folder of images, and what to do; nothing if it can, or if a stage makes the folder."""
     images = load("params.yaml").get("images")
     if not images or not isinstance(images, str):
@@ -58,9 +60,8 @@ def what_is_wrong_with_images() -> list[str]:
     if images.startswith("~"):
         return [f"images: DVC does not know what ~ is: write {Path(images).expanduser()}"]
     if Path(f"{images}.dvc").exists():
-        return [
-            f"images: {images} is not here, but DVC knows it: `dvc pull {shlex.quote(images)}` fetches it from the remote"
-        ]
+        pull = f"source .venv/bin/activate && dvc pull {shlex.quote(images)}"
+        return [f"images: {images} is not here, but DVC knows it: `{pull}` fetches it from the remote"] * is_read
     return [f"images: there is no folder {images}. In a queue, an experiment has only what git or DVC tracks: see `dvc add`"]
 
 

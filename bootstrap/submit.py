@@ -5,8 +5,8 @@ usage: python -m bootstrap.submit [--dry_run] PROGRAM STAGE INPUT... OUTPUT [--F
 PROGRAM is spark-submit or python. All that follows STAGE is the stage's own command line. An INPUT @NAME is the place that
 params.yaml has under NAME: there, a place may have any name, and no shell reads it. Before the stage starts, the parameters
 of every stage are checked, and that DVC hashes all files of its inputs. While it works, no other run writes beside OUTPUT.
-The stage writes to a path of its own, which becomes OUTPUT only when the stage has ended well. What it took is noted for
-reports/runtime.json. The exit status is that of the stage.
+The stage writes to a path of its own, which becomes OUTPUT only when the stage has ended well, and none of its inputs has
+changed meanwhile. What it took is noted for reports/runtime.json. The exit status is that of the stage.
 
 Where a stage runs is no parameter of the stage and never enters dvc.lock. Environment variables say it:
 
@@ -45,11 +45,15 @@ def main(argv: list[str]) -> int:
     if dry_run:
         print(shlex.join(runner.command(job)))
         return 0
-    parameters.check(job.name)
+    parameters.check(job.name, asked.inputs)
     inputs.check(job.inputs)
+    places = [job.stage, *job.inputs]
+    seen = inputs.look(places)
     with workplace(job) as (partial, lock):
         outcome = runner.run(job, partial, lock)
-        parameters.check_unchanged(job, os.environ)
+        if outcome.status == 0:
+            parameters.check_unchanged(job, os.environ)
+            inputs.check_unchanged(job.name, places, seen)
         publish(job, partial, is_sound=outcome.status == 0)
     if outcome.status == 0:
         runtime.record(asked, outcome.settle())

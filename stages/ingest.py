@@ -18,6 +18,7 @@ import io
 import math
 import os
 import re
+import stat
 import struct
 import unicodedata
 import warnings
@@ -453,7 +454,10 @@ def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
     try:
         path.decode()
         if root is not None:
-            return Path(os.fsdecode(os.path.join(root, path))).read_bytes()
+            file = Path(os.fsdecode(os.path.join(root, path)))
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise Refused("unreadable", "no regular file")  # to read a pipe would wait for ever
+            return file.read_bytes()
     except UnicodeDecodeError as error:
         raise Refused("unreadable", "its name is not in UTF-8: rename it, as `convmv -f latin1 -t utf8` does") from error
     except OSError as error:

@@ -207,6 +207,13 @@ def test_a_link_to_nothing_is_unreadable(run: Run, photos: Path, photo: bytes) -
     assert run().quarantine == {"Kiwi/2.jpg": "unreadable"}
 
 
+@pytest.mark.parametrize("name", ["pipe.jpg", "pipe"])
+def test_a_pipe_is_unreadable_and_nobody_waits_for_it(name: str, run: Run, photos: Path, photo: bytes) -> None:
+    fill(photos, photo, "Kiwi/1.jpg")
+    os.mkfifo(photos / "Kiwi" / name)
+    assert run().quarantine == {f"Kiwi/{name}": "unreadable"}
+
+
 # Another file system, which Hadoop lists and reads
 
 

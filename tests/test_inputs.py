@@ -1,5 +1,6 @@
 """inputs.py: a stage reads the files that DVC hashes."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,25 @@ def test_what_dvc_takes_for_the_content_of_files_is_what_ingest_lists(repository
     assert here == {path[len(str(folder)) + 1 :] for path in localfs.find(str(folder))}
     with pytest.raises(SystemExit, match="links to folders"):
         list(ingest.list_local(str(folder)))
+
+
+@pytest.mark.parametrize("what", ["comes", "goes", "changes", "is touched"])
+def test_a_file_that_changes_while_a_stage_is_at_work_is_told(what: str, repository: Path) -> None:
+    places = ["data/mine", ".dvcignore", "nowhere"]
+    before = inputs.look(places)
+    inputs.check_unchanged("ingest", places, before)
+    file = repository / "data/mine/Kiwi/2.jpg"
+    match what:
+        case "comes":
+            file.with_name("3.jpg").write_text("three")
+        case "goes":
+            file.unlink()
+        case "changes":
+            file.write_text("another")
+        case _:
+            os.utime(file, ns=(0, 0))
+    name = "3.jpg" if what == "comes" else "2.jpg"
+    with pytest.raises(
+        SystemExit, match=rf"1 of the files that ingest reads .* such as data/mine/Kiwi/{name}\. So its output"
+    ):
+        inputs.check_unchanged("ingest", places, before)

@@ -37,6 +37,14 @@ def test_canonicalize_keeps_rows_and_their_order(tmp_path: Path) -> None:
     assert pq.read_table(tmp_path / "part-00007.parquet").equals(rows)
 
 
+def test_parts_that_would_get_one_name_are_refused_and_kept(tmp_path: Path) -> None:
+    for part in ("part-00000-uuid-c000.parquet", "part-00000-uuid-c001.parquet"):
+        pq.write_table(pa.table({"id": [1]}), tmp_path / part)
+    with pytest.raises(SystemExit, match=r"2 files of .* would have 1 names; part-00000\.parquet is that of several"):
+        job.canonicalize(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     order = []
 

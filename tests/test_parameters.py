@@ -98,7 +98,8 @@ def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> Non
         ),
         (
             "data/their's",
-            "images: data/their's is not here, but DVC knows it: `dvc pull 'data/their'\"'\"'s'` fetches it from the remote",
+            "images: data/their's is not here, but DVC knows it: `source .venv/bin/activate && "
+            "dvc pull 'data/their'\"'\"'s'` fetches it from the remote",
         ),
         ("~/photographs", f"images: DVC does not know what ~ is: write {Path.home()}/photographs"),
         (None, "images: None is no folder"),
@@ -117,6 +118,17 @@ def test_the_folder_of_images_is_checked_before_a_stage_begins(repository: Path)
     (repository / "params.yaml").write_text("images: data/mine")
     with pytest.raises(SystemExit, match=r"^params\.yaml: images: there is no folder data/mine\."):
         parameters.check("sample")
+
+
+def test_a_stage_that_does_not_read_the_folder_of_images_goes_on_without_it_where_dvc_knows_it(repository: Path) -> None:
+    # As in a clone where `dvc exp run --pull --allow-missing` has brought what `reduce` reads.
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    (repository / "params.yaml").write_text(yaml.safe_dump(params | {"images": "data/mine"}))
+    (repository / "data").mkdir()
+    (repository / "data/mine.dvc").touch()
+    parameters.check("reduce", ["data/features", "data/covariance"])
+    with pytest.raises(SystemExit, match="data/mine is not here, but DVC knows it"):
+        parameters.check("ingest", ["@images"])
 
 
 @pytest.mark.parametrize("name", ["my photos", "R&D", "fruits (1)", "l'été", '"best"', "$HOME", "~", "a;b", "100 %"])

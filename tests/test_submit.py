@@ -109,6 +109,20 @@ def test_a_utf_8_locale_is_kept() -> None:
     assert "LC_ALL" not in local.spark_environment({"LANG": "fr_FR.UTF-8"})
 
 
+def test_an_output_is_not_published_if_an_input_changed_while_the_stage_was_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").write_text("earlier")
+    (tmp_path / "stage.py").write_text(
+        "import pathlib, sys\npathlib.Path(sys.argv[2]).write_text('new')\npathlib.Path('in/late.jpg').touch()"
+    )
+    with pytest.raises(SystemExit, match=r"1 of the files that stage reads .* such as in/late\.jpg"):
+        submit.main(["python", "stage.py", "in", "out"])
+    assert (tmp_path / "out").read_text() == "earlier"
+
+
 @pytest.mark.slow
 def test_a_stage_that_ends_well_is_published_whole(stage: Path) -> None:
     done = run(stage, "well")
