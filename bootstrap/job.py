@@ -168,7 +168,7 @@ def canonicalize(table: Path) -> None:
     if twice := [name for name, n in names.items() if n > 1]:
         raise SystemExit(
             f"submit: {len(parts):,} files of {table.name} would have {len(names):,} names; {min(twice)} is that of "
-            "several. Spark was told to divide a task's rows, as by spark.sql.files.maxRecordsPerFile: take that setting away."
+            "several. Spark was told to divide a task's rows, as by spark.sql.files.maxRecordsPerFile: unset it."
         )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write_again, parts))
