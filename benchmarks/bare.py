@@ -88,7 +88,7 @@ def gflops(dtype: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("images", type=Path)
     parser.add_argument("backbone", type=Path)
     parser.add_argument("--precision", default="bfloat16")

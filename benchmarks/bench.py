@@ -479,7 +479,7 @@ def format_goals(results: dict[str, Any]) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("images", type=lambda text: Path(text).resolve())
     parser.add_argument("--n_rounds", type=int, help="of each section; unless given, as many as ROUNDS says")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))

@@ -85,7 +85,7 @@ def featurize(spark: SparkSession, folder: Path, passes: Any) -> DataFrame:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("images", nargs="?")
     parser.add_argument("output")
     parser.add_argument("--features")

@@ -164,7 +164,7 @@ def machine() -> dict[str, Any]:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("images", type=lambda text: Path(text).resolve())
     parser.add_argument("--backbone", type=lambda text: Path(text).resolve(), default=ROOT / "data/backbone")
     parser.add_argument("--precision", default="float32")

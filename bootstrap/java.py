@@ -8,13 +8,16 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = (17, 21)  # of Java that Spark 4.0 runs on
+CRASHES = [128 + number for number in (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV)]  # exit statuses, by a shell or by us
 
 
 def check_java() -> str:
@@ -46,37 +49,46 @@ def find_spark(environment: Mapping[str, str]) -> Path:
     return Path(environment.get("SPARK_HOME") or Path(str(spec and spec.origin)).parent)
 
 
-@contextmanager
-def class_archive(environment: Mapping[str, str], java: str) -> Iterator[str]:
-    """Yield the JVM options that load Spark's classes from an archive, which saves seconds; the first run makes it.
+class ClassArchive(NamedTuple):
+    """An archive of Spark's classes, with which a JVM starts faster."""
 
-    An archive is for one Spark and one Java, known by what `java -version` prints. The JVM itself checks whether it fits,
-    and ignores it if not. Where no archive can be made, the options are empty.
+    options: str = ""  # of the JVM that makes it or reads it; empty where there can be none
+    path: Path = Path()
+    partial: Path | None = None  # where the JVM writes it; None if it is there already
+
+    def settle(self, status: int) -> None:
+        """Keep what a JVM that ended with this status has made; drop what may have made it crash."""
+        if self.partial and status == 0 and self.partial.exists():
+            for other in self.path.parent.glob("classes-*.jsa"):
+                other.unlink()
+            self.partial.rename(self.path)
+        elif self.partial:
+            self.partial.unlink(missing_ok=True)
+        elif self.options and status in CRASHES:
+            self.path.unlink(missing_ok=True)
+            print("submit: Java crashed; the next run makes its archive of Spark's classes again", file=sys.stderr)
+
+
+def class_archive(environment: Mapping[str, str], java: str) -> ClassArchive:
+    """Find the archive of this Spark and this Java, known by what `java -version` prints; the first run makes it.
+
+    The JVM itself checks whether it fits, and ignores it if not.
     """
     jars = find_spark(environment) / "jars"
     folder = Path(environment.get("DVC_ROOT", ROOT), ".dvc").resolve()
     # The JVM fails to write an archive with a folder in the class path, which these may add, or on a full disk.
     has_folders = any(environment.get(name) for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"))
     if has_folders or not jars.is_dir() or not os.access(folder, os.W_OK) or '"' in str(folder):
-        yield ""
-        return
+        return ClassArchive()
     (folder / "tmp").mkdir(exist_ok=True)
     made_for = hashlib.sha256(f"{java} {jars.resolve()} {jars.stat().st_mtime_ns}".encode()).hexdigest()
-    archive = folder / "tmp" / f"classes-{made_for[:16]}.jsa"
-    partial = archive.with_suffix(f".{os.getpid()}")
-    if archive.exists():
-        yield f'"-XX:SharedArchiveFile={archive}" -Xlog:cds*=off'
-    elif shutil.disk_usage(folder).free < 2**30:
-        yield ""
-    else:
-        try:
-            yield f'"-XX:ArchiveClassesAtExit={partial}" -Xlog:cds*=off'
-            if partial.exists():
-                for other in archive.parent.glob("classes-*.jsa"):
-                    other.unlink()
-                partial.rename(archive)
-        finally:
-            partial.unlink(missing_ok=True)
+    path = folder / "tmp" / f"classes-{made_for[:16]}.jsa"
+    if path.exists():
+        return ClassArchive(f'"-XX:SharedArchiveFile={path}" -Xlog:cds*=off', path)
+    if shutil.disk_usage(folder).free < 2**30:
+        return ClassArchive()
+    partial = path.with_suffix(f".{os.getpid()}")
+    return ClassArchive(f'"-XX:ArchiveClassesAtExit={partial}" -Xlog:cds*=off', path, partial)
 
 
 if __name__ == "__main__":

@@ -99,12 +99,19 @@ def publish(job: Job, partial: Path, is_sound: bool) -> None:
     Raises
     ------
     SystemExit
-        the job ended well, but wrote nothing
+        the job ended well, but wrote nothing, or it cannot be published, as on a full disk
     """
     failed = sibling(job.output, "failed")
     tables = [marker.parent for marker in partial.rglob("_SUCCESS")]
-    for table in tables:
-        canonicalize(table)
+    try:
+        for table in tables:
+            canonicalize(table)
+    except OSError as error:
+        remove(partial)
+        raise SystemExit(
+            f"submit: {job.output} cannot be written: {error}. The earlier one is left as it was. If the disk is full, free "
+            "some space, and run again."
+        ) from error
     if is_sound:
         if not partial.exists():
             raise SystemExit(

@@ -7,11 +7,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from bootstrap.java import check_java, class_archive, find_spark
+from bootstrap.java import ClassArchive, check_java, class_archive, find_spark
 from bootstrap.job import Job, Outcome, Runner
 
 BOOTSTRAP = Path(__file__).resolve().parent
@@ -47,13 +46,14 @@ class Machine:
     def run(self, job: Job, partial: Path, lock: int) -> Outcome:
         command = self.command(job._replace(output=str(partial)))
         started = time.monotonic()
-        with ExitStack() as stack:
-            environment = python_environment(os.environ)
-            if job.program == "spark-submit":
-                options = stack.enter_context(class_archive(os.environ, check_java()))
-                environment = spark_environment(environment, options)
-                check_folder(Path.cwd())
-            status = call(command, environment, lock)
+        environment = python_environment(os.environ)
+        archive = ClassArchive()
+        if job.program == "spark-submit":
+            archive = class_archive(os.environ, check_java())
+            environment = spark_environment(environment, archive.options)
+            check_folder(Path.cwd())
+        status = call(command, environment, lock)
+        archive.settle(status)
         took = {"where": "local", "cores": os.cpu_count(), "seconds": time.monotonic() - started}
         return Outcome(status, lambda: took)
 

@@ -18,6 +18,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +182,18 @@ def round_floats(took: Mapping[str, Any]) -> dict[str, Any]:
 
 def count_images(places: Iterable[str]) -> int:
     """Count the images of these folders: the rows of their longest table with an image_id, or the files if there is none."""
-    import pyarrow.parquet as pq  # slow to import, and not needed to start a stage
+    import pyarrow as pa  # slow to import, and not needed to start a stage
+    import pyarrow.parquet as pq
 
     rows: dict[Path, int] = defaultdict(int)
     n_files = 0
     for path in (path for place in places for path in Path(place).rglob("*") if path.is_file()):
         n_files += 1
-        if path.suffix == ".parquet" and "image_id" in (metadata := pq.read_metadata(path)).schema.names:
-            rows[path.parent] += metadata.num_rows
-    return max(rows.values(), default=n_files)
+        if path.suffix == ".parquet":
+            with suppress(pa.ArrowException, OSError):  # it may be no table of ours, among photographs
+                metadata = pq.read_metadata(path)
+                rows[path.parent] += metadata.num_rows * ("image_id" in metadata.schema.names)
+    return max(rows.values(), default=0) or n_files
 
 
 if __name__ == "__main__":

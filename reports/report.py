@@ -329,7 +329,7 @@ def experiments() -> list[list[str]]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--suspects", help="the output of the stage suspects; without it, the page names none")
     parser.add_argument("ingested")
     parser.add_argument("split")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -194,8 +193,8 @@ def spaces(images: pd.DataFrame, test_fold: int, k: int, scale: str = "none") ->
 
 def make_archive(dvc_root: dict[str, str], version: str) -> Path:
     """Let a first run with that version of Java make its archive of classes, of no class."""
-    with java.class_archive(dvc_root, version) as options:
-        made = Path(shlex.split(options)[0].removeprefix("-XX:ArchiveClassesAtExit="))
-        made.write_bytes(b"classes")
-    (archive,) = made.parent.iterdir()
-    return archive
+    archive = java.class_archive(dvc_root, version)
+    assert archive.partial is not None
+    archive.partial.write_bytes(b"classes")
+    archive.settle(0)
+    return archive.path

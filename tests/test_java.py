@@ -36,29 +36,35 @@ def test_no_java_is_said_with_what_to_install(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_first_run_makes_the_archive_of_classes_that_the_next_ones_share(dvc_root: dict[str, str]) -> None:
-    archive = make_archive(dvc_root, "17.0.15")
-    with java.class_archive(dvc_root, "17.0.15") as options:
-        assert shlex.split(options)[0] == f"-XX:SharedArchiveFile={archive}"
+    path = make_archive(dvc_root, "17.0.15")
+    options = java.class_archive(dvc_root, "17.0.15").options
+    assert shlex.split(options)[0] == f"-XX:SharedArchiveFile={path}"
 
 
 def test_the_archive_of_another_java_is_replaced(dvc_root: dict[str, str]) -> None:
     before = make_archive(dvc_root, "17.0.15")
-    assert make_archive(dvc_root, "17.0.16") != before
+    make_archive(dvc_root, "17.0.16")
+    assert not before.exists()
 
 
-def test_a_run_that_was_killed_leaves_no_part_of_an_archive(dvc_root: dict[str, str], tmp_path: Path) -> None:
-    def killed() -> None:
-        with java.class_archive(dvc_root, "17.0.15") as options:
-            Path(shlex.split(options)[0].removeprefix("-XX:ArchiveClassesAtExit=")).write_bytes(b"half")
-            raise KeyboardInterrupt
+@pytest.mark.parametrize("status", [1, 130, 137])
+def test_what_a_java_that_did_not_end_well_left_of_an_archive_is_dropped(dvc_root: dict[str, str], status: int) -> None:
+    archive = java.class_archive(dvc_root, "17.0.15")
+    assert archive.partial is not None
+    archive.partial.write_bytes(b"half")
+    archive.settle(status)
+    assert list(archive.path.parent.iterdir()) == []
 
-    with pytest.raises(KeyboardInterrupt):
-        killed()
-    assert list((tmp_path / ".dvc/tmp").iterdir()) == []
+
+@pytest.mark.parametrize(("status", "is_kept"), [(0, True), (1, True), (130, True), (134, False), (139, False)])
+def test_an_archive_is_dropped_if_java_crashes_and_made_again(dvc_root: dict[str, str], status: int, is_kept: bool) -> None:
+    path = make_archive(dvc_root, "17.0.15")
+    java.class_archive(dvc_root, "17.0.15").settle(status)
+    is_made_again = "ArchiveClassesAtExit" in java.class_archive(dvc_root, "17.0.15").options
+    assert (path.exists(), is_made_again) == (is_kept, not is_kept)
 
 
 @pytest.mark.parametrize("name", ["HADOOP_CONF_DIR", "YARN_CONF_DIR", "SPARK_DIST_CLASSPATH"])
 def test_with_folders_in_the_class_path_there_is_no_archive(dvc_root: dict[str, str], name: str) -> None:
     # Java would end with status 1 after all the work is done.
-    with java.class_archive(dvc_root | {name: "/etc/hadoop"}, "17.0.15") as options:
-        assert options == ""
+    assert java.class_archive(dvc_root | {name: "/etc/hadoop"}, "17.0.15").options == ""

@@ -116,6 +116,22 @@ def test_a_job_that_wrote_nothing_is_refused_and_the_earlier_output_stays(tmp_pa
     assert (tmp_path / "out/earlier").exists()
 
 
+def test_on_a_full_disk_the_earlier_output_stays_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_, partial = place(tmp_path)
+    (partial / "images").mkdir(parents=True)
+    (partial / "images/_SUCCESS").touch()
+    pq.write_table(pa.table({"id": [1]}), partial / "images/part-00000-uuid.parquet")
+
+    def write_table(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pq, "write_table", write_table)
+    with pytest.raises(SystemExit, match=r"out cannot be written: .*No space left on device.* free some space"):
+        job.publish(job_, partial, is_sound=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/earlier").exists()
+
+
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_a_killed_run_left_is_gone_before_the_next_begins(kind: str, tmp_path: Path) -> None:
     job_, partial = place(tmp_path)

@@ -170,6 +170,14 @@ def test_a_run_ends_with_its_figures(capsys: pytest.CaptureFixture[str]) -> None
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"", b"PAR1 no table PAR1"])
+def test_a_file_that_is_named_as_a_table_and_is_none_is_counted_as_a_file(content: bytes) -> None:
+    Path("photographs/Kiwi").mkdir(parents=True)
+    Path("photographs/labels.parquet").write_bytes(content)
+    Path("photographs/Kiwi/1.jpg").touch()
+    assert runtime.count_images(["photographs"]) == 2
+
+
 @pytest.mark.parametrize("damaged", ["", '{"run": {"sta', "[]", '{"stages": 3}', "null"])
 def test_a_damaged_record_is_as_none(damaged: str) -> None:
     Path("reports").mkdir()
