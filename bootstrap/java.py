@@ -72,7 +72,7 @@ class ClassArchive(NamedTuple):
 def class_archive(environment: Mapping[str, str], java: str) -> ClassArchive:
     """Find the archive of this Spark and this Java, known by what `java -version` prints; the first run makes it.
 
-    The JVM itself checks whether it fits, and ignores it if not.
+    The JVM itself checks whether it fits and is whole, and ignores it if not.
     """
     jars = find_spark(environment) / "jars"
     folder = Path(environment.get("DVC_ROOT", ROOT), ".dvc").resolve()
@@ -84,7 +84,7 @@ def class_archive(environment: Mapping[str, str], java: str) -> ClassArchive:
     made_for = hashlib.sha256(f"{java} {jars.resolve()} {jars.stat().st_mtime_ns}".encode()).hexdigest()
     path = folder / "tmp" / f"classes-{made_for[:16]}.jsa"
     if path.exists():
-        return ClassArchive(f'"-XX:SharedArchiveFile={path}" -Xlog:cds*=off', path)
+        return ClassArchive(f'"-XX:SharedArchiveFile={path}" -XX:+VerifySharedSpaces -Xlog:cds*=off', path)
     if shutil.disk_usage(folder).free < 2**30:
         return ClassArchive()
     partial = path.with_suffix(f".{os.getpid()}")

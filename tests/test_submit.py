@@ -165,13 +165,19 @@ def test_an_interrupted_stage_ends_with_all_its_processes_and_leaves_no_output(s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["made", "shared", "damaged"])
+@pytest.mark.parametrize("state", ["made", "shared", "flipped", "damaged"])
 def test_an_archive_of_classes_in_any_state_changes_no_result(stage: Path, dvc_root: dict[str, str], state: str) -> None:
     if state != "made":
         archive = make_archive(dvc_root, java.check_java())
-        if state == "shared":
+        if state in ("shared", "flipped"):
             archive.unlink()
             run(stage, "well", **dvc_root)
+        if state == "flipped":
+            content = bytearray(archive.read_bytes())
+            middle = slice(len(content) // 2, len(content) // 2 + 200_000)
+            content[middle] = bytes(each ^ 0x5A for each in content[middle])
+            archive.chmod(0o600)
+            archive.write_bytes(content)
     done = run(stage, "well", **dvc_root)
     (archive,) = stage.parent.glob(".dvc/tmp/*.jsa")
     said = [line for line in done.stdout.splitlines() if "is written" not in line]
