@@ -239,6 +239,7 @@ def score_fold(
     labels = images["label"].to_numpy()
     head = fit(embedding[is_train], labels[is_train], args.exemplars, args.shrinkage)
     similarities = compare(embedding[is_test], head)
+    del embedding  # of all images
     steps.update()
     left_out = []
     for part in range(PARTS):
@@ -256,10 +257,11 @@ def score_fold(
 
 def measure_moments(features: str, image_ids: pd.Series) -> Moments:
     """Compute the moments of the features of these images, copies too, as the stage covariance has them."""
-    wanted = pd.Index(image_ids)
-    parts = (values[here >= 0].astype(np.float64) for here, values in batches(features, wanted))
-    n, total, products = (sum(each) for each in zip(*((len(x), x.sum(axis=0), x.T @ x) for x in parts), strict=True))
-    return Moments(n, np.asarray(total / n), products - np.outer(total, total) / n)
+    n, total, products = 0, np.zeros(1), np.zeros((1, 1))
+    for here, values in batches(features, pd.Index(image_ids)):
+        rows = values[here >= 0].astype(np.float64)
+        n, total, products = n + len(rows), total + rows.sum(axis=0), products + rows.T @ rows
+    return Moments(n, total / n, products - np.outer(total, total) / n)
 
 
 def without(moments: Moments, part: Moments) -> Moments:
@@ -280,7 +282,10 @@ def batches(features: str, image_ids: pd.Index) -> Iterator[tuple[np.ndarray, np
     the place of each row among the image_ids, int (n_rows,), -1 if it is none of them; and the rows, float32
     (n_rows, n_features)
     """
-    for batch in ds.dataset(features, format="parquet").to_batches(list(VECTORS), batch_size=8 * ROWS):
+    # Arrow would read ahead, and keep the memory of files that are long done with.
+    options = ds.ParquetFragmentScanOptions(pre_buffer=False)
+    dataset = ds.dataset(features, format=ds.ParquetFileFormat(default_fragment_scan_options=options))
+    for batch in dataset.to_batches(list(VECTORS), batch_size=8 * ROWS, batch_readahead=1, fragment_readahead=1):
         if len(batch):
             yield (
                 image_ids.get_indexer(batch["image_id"].to_pylist()),
