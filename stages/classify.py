@@ -24,7 +24,7 @@ other, then the other way round. A label may have one group only in each fold, s
 one. They come from the test of one direction, and are judged in the other. What is said of unknown labels is of labels that
 neither PCA nor whitening nor exemplars have seen.
 
-Runs without Spark. A million images of k = 64 take some 7 GB; at most max_images are judged, chosen by SHA-256.
+Runs without Spark. A million images of k = 64 take some 5 GB; at most max_images are judged, chosen by SHA-256.
 """
 
 import argparse
