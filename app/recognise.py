@@ -19,7 +19,6 @@ import signal
 import stat
 import sys
 import unicodedata
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,11 +29,10 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 import pyarrow.parquet as pq
 from ai_edge_litert.interpreter import Interpreter
-from PIL import Image
 
 from app.model import describe
 from stages.featurize import check_pixels, to_pixels
-from stages.ingest import EXTENSIONS, FORMATS, RAW, SYSTEM, Refused, decode, extension_of
+from stages.ingest import EXTENSIONS, FORMATS, RAW, SYSTEM, Refused, decode, extension_of, quiet_pillow
 
 # The largest that `ingest` takes, by the parameters that it comes with.
 MAX_PIXELS = 100_000_000
@@ -59,8 +57,7 @@ class Model(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    Image.MAX_IMAGE_PIXELS = None  # the limit is ours
-    warnings.simplefilter("ignore")  # of metadata that is not as it should be
+    quiet_pillow()
     model = load(args.model)
     n_unreadable = 0
     for path, pixels in read(list(find(args.photographs)), model.about["pixels"]):

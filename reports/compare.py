@@ -40,6 +40,8 @@ from pyarrow import fs
 from scipy.linalg import subspace_angles
 from sklearn.neighbors import NearestNeighbors
 
+from stages.analysis import hash_below
+
 # How far rounding can move a feature vector, as a share of its norm. Measured: 5e-6 at most of 1,008 images and the default
 # network, when oneDNN computes as for a processor without AVX and each weight is moved by its last bit; 8e-7 at most of
 # eight of Keras's networks. bfloat16 moves the median vector by 4e-2.
@@ -411,7 +413,7 @@ def compare_vectors(
         paths.append(keys["path"])
         differences.append(difference)
         cosines.append(np.einsum("nd,nd->n", x, y, dtype=np.float64) / np.maximum(norms[0] * norms[1], TINY))
-        is_chosen = is_of_share(keys["image_id"], SAMPLE / n_rows) & np.isfinite(difference)
+        is_chosen = (keys["image_id"] < hash_below(SAMPLE / n_rows)).to_numpy(bool) & np.isfinite(difference)
         sample.append((keys["image_id"][is_chosen], x[is_chosen], y[is_chosen]))
     if not paths:
         return
@@ -498,11 +500,6 @@ def to_matrix(column: pa.ChunkedArray) -> np.ndarray:
     is_binary = pa.types.is_binary(values.type)
     flattened = np.frombuffer(b"".join(values.to_pylist()), np.uint8) if is_binary else values.flatten().to_numpy()
     return flattened.reshape(len(column), -1)
-
-
-def is_of_share(image_ids: pd.Series, share: float) -> np.ndarray:
-    """Whether an image is of that share of all images, chosen by SHA-256."""
-    return (image_ids < f"{int(share * 16**8):08x}").to_numpy(bool) if share < 1 else np.ones(len(image_ids), bool)
 
 
 def relative(x: np.ndarray, y: np.ndarray) -> float:

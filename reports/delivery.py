@@ -29,6 +29,7 @@ import yaml
 from tqdm import tqdm
 
 from bootstrap import parameters
+from bootstrap.job import sha256
 from stages import ingest
 
 SAMPLE, MINE = "data/sample", "data/mine"
@@ -140,10 +141,6 @@ def look_at(folder: Path, settings: argparse.Namespace, candidate: tuple[str, in
     label = ingest.label_of(path, settings.label_depth) or ""
     image_id, format = hashlib.sha256(content).hexdigest(), ingest.format_of(content) or ""
     return File(path, length, "", "", label, image_id, format, image.width, image.height)
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def collides(file: File, collection: Path, known: Mapping[str, str]) -> bool:

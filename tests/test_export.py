@@ -21,6 +21,7 @@ from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
+from app import page
 from stages import backbone, export, featurize
 from tests.helpers import ROOT, write
 
@@ -28,7 +29,6 @@ SIZE, K = 16, 5
 LABELS = {"apple": 2, "banana": 1, "cherry": 3}  # how many exemplars each has
 FLOAT32 = 1e-5  # by sums in another order, of numbers up to 1
 FLOAT16 = 3e-2  # by rounding each constant to eleven bits, of probabilities with random exemplars
-MODULES = ROOT / "app" / "node_modules"
 
 # Recognises the pixels of a file by a folder's model.json and weights.bin, and prints its outputs and milliseconds.
 RECOGNISE = """
@@ -105,7 +105,8 @@ def run_tfjs(folder: Path, pixels: np.ndarray) -> tuple[dict[str, np.ndarray], f
     (folder / "pixels").write_bytes(pixels.tobytes())
     shape = ",".join(map(str, pixels.shape))
     command = ["node", "-e", RECOGNISE, str(folder / "web"), str(folder / "pixels"), shape, *export.OUTPUTS]
-    environment = os.environ | {"NODE_PATH": str(MODULES)}
+    page.fetch_runtime()
+    environment = os.environ | {"NODE_PATH": str(page.MODULES)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -647,7 +648,6 @@ def test_tflite_of_a_real_network_computes_what_tensorflow_does(real: Any) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MODULES.exists(), reason="`npm ci --ignore-scripts` was not run in app")
 def test_tensorflow_js_computes_what_tensorflow_does(real: Any) -> None:
     _, output, graph, pixels = real
     found, milliseconds = run_tfjs(output, pixels)
