@@ -9,6 +9,7 @@ The table RECOGNISERS has the ways to recognise an image. One more is one pair o
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import scipy.linalg
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
@@ -71,6 +73,13 @@ def read(
 ) -> pa.Table:
     """Read the columns of a folder of Parquet files, of the wanted rows alone."""
     return ds.dataset(folder, filesystem=file_system, format="parquet").to_table(list(columns), filter=wanted)
+
+
+def write(table: pd.DataFrame, schema: pa.Schema, folder: str | Path) -> None:
+    """Write the columns of the schema as a table of one file; a column that is not there is null."""
+    Path(folder).mkdir(parents=True)
+    rows = pa.Table.from_pandas(table.reindex(columns=schema.names), schema, preserve_index=False)
+    pq.write_table(rows.replace_schema_metadata(), Path(folder, "part-00000.parquet"))
 
 
 def hash_below(share: float) -> str:

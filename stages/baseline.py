@@ -16,13 +16,11 @@ Runs without Spark, in bounded memory: of more than max_images, as many are chos
 
 import argparse
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from stages.analysis import (
@@ -36,6 +34,7 @@ from stages.analysis import (
     read,
     to_matrix,
     train_and_test,
+    write,
 )
 
 IMAGES = ("image_id", "thumbnail")
@@ -65,10 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     n_steps = len(spaces) * len(RECOGNISERS) + 1
     folds = in_both_folds("baseline", n_steps, lambda fold, steps: predict_fold(sample, spaces, fold, steps))
     predictions = sample.join(pd.concat(folds))
-    output = Path(args.output)
-    output.mkdir()
-    table = pa.Table.from_pandas(predictions.reindex(columns=PREDICTIONS.names), PREDICTIONS, preserve_index=False)
-    pq.write_table(table.replace_schema_metadata(), output / "part-00000.parquet")
+    write(predictions, PREDICTIONS, args.output)
     print(f"baseline: {predictions[PREDICTED[0]].count():,} images tested in {len(spaces)} spaces")
 
 

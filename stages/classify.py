@@ -38,7 +38,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import scipy.linalg
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import minimize_scalar
@@ -66,6 +65,7 @@ from stages.analysis import (
     rounded,
     to_matrix,
     train_and_test,
+    write,
 )
 
 SPLIT = ("image_id", "path", "label", "group", "fold")
@@ -207,12 +207,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, rows in tables.items():
         rows.to_csv(output / f"{name}.csv", index=False)
     print(f"classify: {len(exemplars):,} exemplars of {len(head.labels):,} labels; {len(predictions):,} images judged")
-
-
-def write(table: pd.DataFrame, schema: pa.Schema, folder: Path) -> None:
-    folder.mkdir()
-    rows = pa.Table.from_pandas(table.reindex(columns=schema.names), schema, preserve_index=False)
-    pq.write_table(rows.replace_schema_metadata(), folder / "part-00000.parquet")
 
 
 def read_images(split: str) -> pd.DataFrame:

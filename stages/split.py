@@ -21,18 +21,16 @@ import argparse
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from threadpoolctl import threadpool_limits
 
-from stages.analysis import between, read
+from stages.analysis import between, read, write
 
 SKETCHES = ("image_id", "path", "label", "film", "sketch")
 NEIGHBOURS = ("image_id", "neighbours", "distances")
@@ -248,13 +246,6 @@ def share_of_leaks(pairs: pd.DataFrame, labels: np.ndarray, folds: np.ndarray, n
     a, b = pairs["a"].to_numpy(), pairs["b"].to_numpy()
     leaks = (pairs["distance"].to_numpy() <= near) & (labels[a] == labels[b]) & (folds[a] != folds[b])
     return len(np.unique(a[leaks])) / max(len(folds), 1)
-
-
-def write(table: pd.DataFrame, schema: pa.Schema, folder: str) -> None:
-    """Write the columns of the schema as a table of one file."""
-    Path(folder).mkdir(parents=True)
-    rows = pa.Table.from_pandas(table[schema.names], schema, preserve_index=False).replace_schema_metadata()
-    pq.write_table(rows, Path(folder, "part-00000.parquet"))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
