@@ -1,7 +1,7 @@
 """Make the environment of a stage on this machine: nothing in the user's own may change a result.
 
-Variables that choose how numbers are computed are taken away or set, without a word. Many people have TF_ENABLE_ONEDNN_OPTS=0
-in their shell, to silence TensorFlow: with it, every feature would have other last digits.
+Variables that choose how numbers are computed are taken away or set, without a word. Many have TF_ENABLE_ONEDNN_OPTS=0 in
+their shell, to silence TensorFlow: with it, every feature would have other last digits.
 """
 
 import platform
@@ -20,6 +20,12 @@ OF_ARITHMETIC = (
     *("TF_", "XLA_", "ONEDNN_", "DNNL_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
     *("KERAS_BACKEND", "NPY_", "OPENBLAS_CORETYPE", "GLIBC_TUNABLES"),
 )
+# OpenBLAS and NumPy have code for each kind of processor, whose results differ in the last digits. All x86 processors since
+# 2015 or so have what Haswell has: with its code, the stages after featurize give the same bytes on all of them.
+LIKE_HASWELL = {
+    "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
+}
 OF_JAVA = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "SPARK_SUBMIT_OPTS")
 
 
@@ -31,9 +37,7 @@ def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in environment.items() if not name.startswith(OF_ARITHMETIC)}
     own = {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
     if platform.machine() in ("x86_64", "AMD64"):
-        # By default, OpenBLAS has code for each kind of processor, and the last digits of its sums differ. All that run
-        # TensorFlow well have what Haswell has, so the stages after featurize give the same bytes on all of them.
-        own["OPENBLAS_CORETYPE"] = "Haswell"
+        own |= LIKE_HASWELL
     if not sys.stderr.isatty():
         own["TQDM_DISABLE"] = "1"  # the stage writes to a pipe in any case, and cannot see where that ends
     return {**kept, **own}

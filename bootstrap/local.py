@@ -27,7 +27,12 @@ HINTS = {
     b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
     b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out: "
     "set SPARK_MASTER=local[N], with N less than the number of cores",
-}
+} | dict.fromkeys(
+    # What pyarrow and parquet-java say of a page, a file's end and its description.
+    (b"CRC checksum verification failed", b"magic bytes not found", b"is not a Parquet file", b"deserialize thrift"),
+    "a table is not as it was written, perhaps by a fault of the disk: `make verify` deletes what is damaged, and says how "
+    "to have it again",
+)
 
 
 def connect() -> Runner:

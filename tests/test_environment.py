@@ -1,13 +1,14 @@
 """environment.py: what of the user's environment reaches a stage."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bootstrap.environment import OF_JAVA, python_environment, spark_environment
+from bootstrap.environment import LIKE_HASWELL, OF_JAVA, python_environment, spark_environment
 from tests.helpers import ROOT
 
 # A variable for each way in which a person's shell has changed the last digits of a result, or might.
@@ -24,7 +25,6 @@ CHANGE_RESULTS = {
     "CUDNN_AUTOTUNE": "1",
     "NVIDIA_TF32_OVERRIDE": "1",
     "KERAS_BACKEND": "jax",
-    "NPY_DISABLE_CPU_FEATURES": "AVX2",
     "NPY_ENABLE_CPU_FEATURES": "AVX2",
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2",
 }
@@ -35,14 +35,27 @@ def test_a_variable_that_changes_results_does_not_reach_a_stage(name: str) -> No
     assert name not in python_environment({name: CHANGE_RESULTS[name]})
 
 
-def test_blas_has_the_same_code_for_every_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", LIKE_HASWELL)
+def test_the_same_code_runs_on_every_x86_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert python_environment({"OPENBLAS_CORETYPE": "Prescott"})["OPENBLAS_CORETYPE"] == "Haswell"
+    assert python_environment({name: "something else"})[name] == LIKE_HASWELL[name]
 
 
-def test_on_another_family_of_processors_blas_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", LIKE_HASWELL)
+def test_another_family_of_processors_runs_its_own_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    assert "OPENBLAS_CORETYPE" not in python_environment({"OPENBLAS_CORETYPE": "Haswell"})
+    assert name not in python_environment({name: LIKE_HASWELL[name]})
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="not an x86 processor")
+def test_numpy_and_blas_take_the_code_of_haswell() -> None:
+    program = (
+        "import numpy, threadpoolctl as t; from numpy._core._multiarray_umath import __cpu_features__ as features;"
+        "print({each['architecture'] for each in t.threadpool_info()}, features['AVX512F'], features['AVX2'])"
+    )
+    environment = python_environment(os.environ)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "{'Haswell'} False True\n", done.stderr
 
 
 @pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HOME", "HTTPS_PROXY"])

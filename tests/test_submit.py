@@ -192,7 +192,7 @@ def install_spark(folder: Path) -> Path:
     """Make a virtual environment that has Spark in its own folder, as pip installs it; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (packages,) = folder.glob("lib/*/site-packages")
-    pyspark = Path(str(local.find_spark({})))
+    pyspark = Path(str(java.find_spark({})))
     (packages / "pyspark").symlink_to(pyspark)
     (packages / "others.pth").write_text(str(pyspark.parent))
     for script in ("spark-submit", "find-spark-home", "find_spark_home.py"):
