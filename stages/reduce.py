@@ -125,12 +125,7 @@ def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, compone
     def project_all(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         with threadpool_limits(1):
             for content in (content for batch in batches for content in batch["content"]):
-                table = pq.read_table(
-                    pa.py_buffer(content.as_buffer()),
-                    columns=FEATURES.names,
-                    use_threads=False,
-                    page_checksum_verification=True,
-                )
+                table = parse(content.as_buffer(), FEATURES.names)
                 if not len(table):  # Spark writes a file for its schema where a partition is empty
                     continue
                 embedding = project(to_matrix(table["features"]), *model.value)
