@@ -116,5 +116,5 @@ def test_a_stage_that_reads_a_flipped_bit_ends_with_what_to_do(clone: Path, stag
         text=True,
     )
     table.write_bytes(before)
-    assert (done.returncode, list(tmp_path.glob("output*"))) == (1, [])
+    assert (done.returncode, Path(tmp_path, "output").exists()) == (1, False)
     assert "a table is not as it was written" in done.stderr
