@@ -20,8 +20,8 @@ OF_ARITHMETIC = (
     *("TF_", "XLA_", "ONEDNN_", "DNNL_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
     *("KERAS_BACKEND", "NPY_", "OPENBLAS_CORETYPE", "GLIBC_TUNABLES"),
 )
-# OpenBLAS and NumPy have code for each kind of processor, whose results differ in the last digits. All x86 processors since
-# 2015 or so have what Haswell has: with its code, the stages after featurize give the same bytes on all of them.
+# OpenBLAS and NumPy have code for each kind of processor, whose results differ in the last digits. Most x86 processors since
+# 2013 have what Haswell has: with its code, the stages after featurize give the same bytes on all of them.
 LIKE_HASWELL = {
     "OPENBLAS_CORETYPE": "Haswell",
     "NPY_DISABLE_CPU_FEATURES": "AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
