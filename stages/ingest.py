@@ -475,7 +475,10 @@ def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
         raise Refused("unreadable", "its name is not in UTF-8: rename it, as `convmv -f latin1 -t utf8` does") from error
     if length < 0:
         raise Refused("unreadable", "no regular file, nor a link to one")  # to read a pipe would wait for ever
-    return Path(os.fsdecode(os.path.join(root, path))).read_bytes() if root is not None else b""
+    try:
+        return Path(os.fsdecode(os.path.join(root, path))).read_bytes() if root is not None else b""
+    except OSError as error:
+        raise OSError(f"{show(path)} cannot be read: {error.strerror}. If it can now, run again.") from error
 
 
 def read_elsewhere(spark: SparkSession, listing: Listing, max_bytes: int) -> DataFrame:
