@@ -38,7 +38,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from py4j.protocol import Py4JJavaError
 from pyspark import Accumulator, Broadcast, SparkConf, TaskContext
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     (
-        read_cache(spark, cache, backbone["n_features"])
+        read_cache(spark, cache)
         .join(keys, "content_id")
         .select(*FEATURES.names)
         .repartition(n_files, "image_id")
@@ -332,7 +332,8 @@ def heal(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
             columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
             yield pa.RecordBatch.from_arrays(columns, names=SEEN.names)
 
-    files = open_files(spark, cache)
+    files = reader(spark).format("binaryFile").load(literal(cache))
+    files = files.select(F.col("_metadata.file_path").alias("url"), "length", "content")
     seen = files.mapInArrow(look, SEEN).persist()
     faults = {row.url: row.fault for row in seen.groupBy("url").agg(F.first("fault").alias("fault")).collect()}
     read = {urlsplit(url).path for url in faults}
@@ -351,31 +352,27 @@ def heal(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
     return seen.where("content_id IS NOT NULL").select("content_id")
 
 
-def read_cache(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
-    """Read COMPUTED of all files of the cache; one that is damaged is passed over."""
-
-    def read(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for _, content in files_of(batches):
-            with suppress(ValueError):
-                ids, features = parse(content, n_features)
-                yield pa.RecordBatch.from_arrays([pa.array(ids, pa.string()), as_lists(features)], names=COMPUTED.names)
-
-    return open_files(spark, cache).mapInArrow(read, COMPUTED)
+def read_cache(spark: SparkSession, cache: str) -> DataFrame:
+    """Read COMPUTED of the files that `heal` has left. One whose bytes have changed since ends the stage, and is named."""
+    pages = reader(spark).option("parquet.page.verify-checksum.enabled", True)
+    return pages.schema(CACHED).parquet(literal(cache)).select(*COMPUTED.names)
 
 
-def open_files(spark: SparkSession, cache: str) -> DataFrame:
-    """Open the files of the cache: url, length, content. One that cannot be read ends the stage, and is named."""
+def reader(spark: SparkSession) -> DataFrameReader:
+    """Make a reader of all files of the cache. One that cannot be read ends the stage, and is named."""
     return (
-        spark.read.format("binaryFile")
-        .option("recursiveFileLookup", True)
+        spark.read.option("recursiveFileLookup", True)
         .option("pathGlobFilter", "*.parquet")
         .option("ignoreMissingFiles", True)  # another run may have deleted it, as damaged
         # Without the checksums that Hadoop keeps beside a file: where they do not agree, it cannot be read.
         .option("fs.file.impl", "org.apache.hadoop.fs.RawLocalFileSystem")
         .option("fs.file.impl.disable.cache", True)
-        .load(re.sub(r"([\\{}\[\]*?])", r"\\\1", cache))  # a name, not a pattern
-        .select(F.col("_metadata.file_path").alias("url"), "length", "content")
     )
+
+
+def literal(path: str) -> str:
+    """Write a path so that Spark takes it for a name, not for a pattern of names."""
+    return re.sub(r"([\\{}\[\]*?])", r"\\\1", path)
 
 
 def files_of(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, pa.Buffer]]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from bootstrap import parameters
@@ -348,7 +348,7 @@ def computed(spark: SparkSession, ids: Iterable[str]) -> DataFrame:
 
 
 def ids_in(spark: SparkSession, cache: Path) -> str:
-    return "".join(sorted(row.content_id for row in featurize.read_cache(spark, str(cache), N_FEATURES).collect()))
+    return "".join(sorted(row.content_id for row in featurize.read_cache(spark, str(cache)).collect()))
 
 
 def test_a_new_cache_is_empty(spark: SparkSession, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_what_is_appended_is_read_with_what_was_there(spark: SparkSession, tmp_p
     cache = open_cache(spark, tmp_path)
     for ids in ("ab", "c"):
         featurize.append(computed(spark, ids), str(cache))
-    read = featurize.read_cache(spark, str(cache), N_FEATURES).orderBy("content_id").collect()
+    read = featurize.read_cache(spark, str(cache)).orderBy("content_id").collect()
     assert [(row.content_id, row.features) for row in read] == [(each, [1.0, 0.0, float(ord(each))]) for each in "abc"]
 
 
@@ -490,15 +490,39 @@ def test_a_damaged_file_that_another_run_deletes_at_the_same_time_is_passed_over
     damaged = cache / "part.parquet"
     DAMAGE[harm](damaged)
 
-    def open_files(*given: Any) -> DataFrame:
+    def load(*given: Any) -> DataFrame:
         files = listed(*given)
         damaged.unlink()
         return files
 
-    listed = featurize.open_files
-    monkeypatch.setattr(featurize, "open_files", open_files)
+    listed = DataFrameReader.load
+    monkeypatch.setattr(DataFrameReader, "load", load)
     assert {row.content_id for row in featurize.heal(spark, str(cache), N_FEATURES).collect()} == {*"abc"}
-    damaged.write_bytes(b"garbage")
+    rows = featurize.read_cache(spark, str(cache))
+    for file in cache.rglob("*.parquet"):
+        file.unlink()
+    assert rows.collect() == []
+
+
+@pytest.mark.parametrize("harm", ["garbage", "a_bit_flipped", "a_sign_flipped"])
+def test_a_file_that_is_damaged_after_it_was_seen_to_be_sound_ends_the_stage_and_is_named(
+    harm: str, spark: SparkSession, tmp_path: Path
+) -> None:
+    cache = open_cache(spark, tmp_path)
+    featurize.append(computed(spark, "abc"), str(cache))
+    featurize.heal(spark, str(cache), N_FEATURES)
+    (file,) = cache.rglob("*.parquet")
+    DAMAGE[harm](file)
+    with pytest.raises(Exception, match=re.escape(file.name)):
+        featurize.read_cache(spark, str(cache)).collect()
+
+
+def test_a_sound_file_is_read_though_hadoops_checksum_is_damaged(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path)
+    featurize.append(computed(spark, "abc"), str(cache))
+    (crc,) = cache.rglob(".part*.crc")
+    crc.write_bytes(crc.read_bytes()[:-1] + bytes([crc.read_bytes()[-1] ^ 1]))
+    assert featurize.heal(spark, str(cache), N_FEATURES).count() == 3
     assert ids_in(spark, cache) == "abc"
 
 
@@ -516,12 +540,10 @@ def test_a_file_that_cannot_be_read_ends_the_stage_and_is_named_and_kept(
         (file,) = tmp_path.rglob("*.parquet")
         path = str(file.relative_to(tmp_path))
         server.fails[path] = (99, way)
-        for reads in (
-            lambda: featurize.heal(spark, cache, N_FEATURES),
-            featurize.read_cache(spark, cache, N_FEATURES).collect,
-        ):
-            with pytest.raises(Exception, match=re.escape(f"{server.url}/{path}")):
-                reads()
+        with pytest.raises(Exception, match=re.escape(f"{server.url}/{path}")):
+            featurize.heal(spark, cache, N_FEATURES)
+        with pytest.raises(Exception, match=re.escape(f"{server.url}/{path}")):
+            featurize.read_cache(spark, cache).collect()
         assert file.exists()
         server.fails.clear()
         assert {row.content_id for row in featurize.heal(spark, cache, N_FEATURES).collect()} == {*"abc"}
@@ -617,7 +639,12 @@ class Workplace:
         (self.images / path).write_bytes(content)
 
     def start(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
-        settings = {"FEATURE_CACHE": str(self.folder / cache), "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": "local[2]"}
+        place = cache if "://" in cache else str(self.folder / cache)
+        settings = {
+            "FEATURE_CACHE": place,
+            "SPARK_DRIVER_MEMORY": "1g",
+            "SPARK_MASTER": "local[2,4]",
+        }  # four tries of a task
         settings["PYTHONPATH"] = str(ROOT)
         door = [sys.executable, "-m", "bootstrap.submit", "spark-submit"]
         return subprocess.Popen(
@@ -750,6 +777,53 @@ def test_a_graph_that_is_not_the_described_one_ends_the_run(graph: bytes, conten
     assert "backbone/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`." in said
     assert "Traceback" not in said
     assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_that_share_a_cache_with_damaged_files_both_end_well(
+    graph: bytes, contents: list[bytes], tmp_path: Path
+) -> None:
+    places = [tmp_path / name for name in ("one", "two")]
+    places[0].mkdir()
+    place = Workplace(places[0], graph)
+    for i, content in enumerate(contents):
+        place.add(f"Apple/{i}.{'png' if i % 2 else 'jpg'}", content)
+    place.ingest()
+    cache = str(tmp_path / "cache")
+    expected = place.features(cache=cache).files
+    shutil.copytree(*places, ignore=shutil.ignore_patterns("features"))
+    for i, file in enumerate(sorted(tmp_path.glob("cache/**/part-*.parquet"))):
+        for each in range(20):  # in the time that one run takes to delete them, the other has listed them
+            DAMAGE["garbage" if each % 2 else "a_bit_flipped" if i else "without_a_byte"](
+                Path(shutil.copy(file, file.with_name(f"part-{i}-{each}.parquet")))
+            )
+    runs = [place, object.__new__(Workplace)]
+    runs[1].folder = places[1]
+    started = [run.start_featurize(cache=cache) for run in runs]
+    for run, process in zip(runs, started, strict=True):
+        said = process.communicate()
+        assert process.returncode == 0, said
+        assert {file.name: file.read_bytes() for file in (run.folder / "features").iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_a_cache_elsewhere_that_fails_now_and_then_is_asked_again(
+    graph: bytes, contents: list[bytes], tmp_path: Path
+) -> None:
+    place = Workplace(tmp_path, graph)
+    for i, content in enumerate(contents):
+        place.add(f"Apple/{i}.{'png' if i % 2 else 'jpg'}", content)
+    place.ingest()
+    (tmp_path / "there").mkdir()
+    with webhdfs.serve(tmp_path / "there") as server:
+        first = place.features(cache=server.url)
+        files = [str(file.relative_to(server.folder)) for file in server.folder.rglob("part-*.parquet")]
+        server.asked.clear()
+        server.fails = dict(zip(files, [(1, "short"), (2, "cut")], strict=True))
+        again = place.features(cache=server.url)
+    assert " 0 passes of means" in again.stdout
+    assert again.files == first.files
+    assert all(server.asked[file] > times for file, (times, _) in server.fails.items())
 
 
 # Killed in the middle
