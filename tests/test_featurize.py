@@ -1,5 +1,6 @@
 """Facts about stages/featurize.py: one pass of the backbone for each distinct image, and never again."""
 
+import copy
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+import yaml
 from PIL import Image, ImageOps
 from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -281,6 +283,31 @@ def test_tasks_are_as_many_as_cores_or_a_multiple(
     assert spark.sparkContext.defaultParallelism == 2
     work = featurize.spread(images_of(spark, contents), n_distinct)
     assert work.rdd.getNumPartitions() == n_tasks
+
+
+def test_on_aws_tasks_are_as_many_as_the_cores_of_all_executors() -> None:
+    settings = yaml.safe_load((ROOT / "bootstrap/aws/cluster.yaml").read_text())
+    (spark,) = (each for each in settings["cluster"]["Configurations"] if each["Classification"] == "spark-defaults")
+    n_executors = settings["cluster"]["ManagedScalingPolicy"]["ComputeLimits"]["MaximumCapacityUnits"]
+    for conf, n in (
+        (spark["Properties"], n_executors),
+        (settings["serverless"], int(settings["serverless"]["spark.dynamicAllocation.maxExecutors"])),
+    ):
+        assert int(conf["spark.default.parallelism"]) == n * int(conf["spark.executor.cores"])
+
+
+@pytest.mark.slow
+def test_tasks_are_as_many_as_is_set_though_fewer_cores_are_there(
+    graph: bytes, contents: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dspark.default.parallelism=6")
+    place = Workplace(tmp_path, graph)
+    for i, content in enumerate(contents):
+        place.add(f"Apple/{i}.{'png' if i % 2 else 'jpg'}", content)
+    place.ingest()
+    place.features()
+    names = {file.name.split("-")[1] for file in tmp_path.glob("cache/**/part-*.parquet")}
+    assert "00003" in names or "00004" in names or "00005" in names
 
 
 def test_only_what_is_not_computed_is_missing_and_only_once(spark: SparkSession) -> None:
@@ -791,13 +818,12 @@ def test_two_runs_that_share_a_cache_with_damaged_files_both_end_well(
     place.ingest()
     cache = str(tmp_path / "cache")
     expected = place.features(cache=cache).files
-    shutil.copytree(*places, ignore=shutil.ignore_patterns("features"))
+    shutil.copytree(places[0], places[1], ignore=shutil.ignore_patterns("features"))
     for i, file in enumerate(sorted(tmp_path.glob("cache/**/part-*.parquet"))):
-        for each in range(20):  # in the time that one run takes to delete them, the other has listed them
-            DAMAGE["garbage" if each % 2 else "a_bit_flipped" if i else "without_a_byte"](
-                Path(shutil.copy(file, file.with_name(f"part-{i}-{each}.parquet")))
-            )
-    runs = [place, object.__new__(Workplace)]
+        for n in range(60):  # while one run deletes them, the other reads what it has listed
+            harm = ("garbage", "truncated", "without_a_byte")[n % 3]
+            DAMAGE[harm](Path(shutil.copy(file, file.with_name(f"part-{i}-{n}.parquet"))))
+    runs = [place, copy.copy(place)]
     runs[1].folder = places[1]
     started = [run.start_featurize(cache=cache) for run in runs]
     for run, process in zip(runs, started, strict=True):
