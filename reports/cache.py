@@ -5,8 +5,10 @@ usage: python -m reports.cache FOLDER
 
 import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 HEADINGS = ("network", "pixels", "batch", "precision", "images", "MB", "folder")
@@ -27,12 +29,16 @@ def describe(folder: Path) -> tuple[str, ...]:
     """Describe the features of one folder of the cache, in the order of HEADINGS, without what is being written."""
     about = json.loads((folder / "about.json").read_text())
     backbone, files = about["backbone"], [path for path in folder.rglob("*.parquet") if not path.name.startswith((".", "_"))]
+    n_images = 0
+    for path in files:
+        with suppress(pa.ArrowException, OSError):  # damaged, or deleted just now: the stage says so, and deletes it
+            n_images += pq.read_metadata(path).num_rows
     return (
         backbone["name"] if backbone["weights"] == "imagenet" else f"{backbone['name']}, {backbone['weights']}",
         f"{backbone['pixels']['width']} x {backbone['pixels']['height']}",
         str(about["batch_size"]),
         about["precision"],
-        f"{sum(pq.read_metadata(path).num_rows for path in files):,}",
+        f"{n_images:,}",
         f"{sum(path.stat().st_size for path in files) / 1e6:,.1f}",
         folder.name[:8],
     )

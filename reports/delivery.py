@@ -138,6 +138,8 @@ def look_at(folder: Path, settings: argparse.Namespace, candidate: tuple[str, in
         )
     except ingest.Refused as refused:
         return File(ingest.show(path), length, refused.reason, refused.detail)
+    except OSError as error:
+        raise SystemExit(f"add: {error}") from None
     label = ingest.label_of(path, settings.label_depth) or ""
     image_id, format = hashlib.sha256(content).hexdigest(), ingest.format_of(content) or ""
     return File(path, length, "", "", label, image_id, format, image.width, image.height)

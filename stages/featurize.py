@@ -8,7 +8,9 @@ writes  OUTPUT           FEATURES, sorted by image_id and path within a file
 
 Features are kept for reuse in a cache (Spark setting spark.featurize.cache), under a fingerprint of all that determines
 them but the image. Only the images that are not there go through the backbone. Every task that ends leaves its features
-there, so that a run that is killed loses no more than the tasks that were running.
+there, so that a run that is killed loses no more than the tasks that were running. Each row there has a checksum: a file of
+which one does not agree is named and deleted, and its features are computed again. A file that cannot be read is no such
+file: it ends the run.
 """
 
 import argparse
@@ -17,23 +19,26 @@ import inspect
 import io
 import json
 import math
+import re
 import sys
 import threading
 import time
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import distributions
 from itertools import islice
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 from py4j.protocol import Py4JJavaError
 from pyspark import Accumulator, Broadcast, SparkConf, TaskContext
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 
@@ -53,7 +58,16 @@ FEATURES = T.StructType(
         T.StructField("features", T.ArrayType(T.FloatType())),  # n_features of them
     ]
 )
-COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])  # a row of the cache
+COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])
+CACHED = T.StructType([*COMPUTED.fields, T.StructField("checksum", T.LongType())])  # a row of the cache; see `checksum`
+# What was seen in the cache: an image of a sound file, or a file without images.
+SEEN = T.StructType(
+    [
+        T.StructField("url", T.StringType()),  # of the file
+        IMAGES["content_id"],  # null of a file without images
+        T.StructField("fault", T.StringType()),  # of a file without images, empty if it is sound
+    ]
+)
 PRECISIONS = ("float32", "bfloat16")
 LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a feature
 PIXELS = {  # the values that `to_pixels` knows, by key of backbone.json's "pixels"; it makes any width and height
@@ -77,12 +91,15 @@ def main(argv: list[str] | None = None) -> None:
     is_watched = SparkConf().get("spark.ui.showConsoleProgress") == "true"
     spark = (
         SparkSession.builder.appName("featurize")
-        # They bound a worker's memory, whatever the number and the size of the images. Spark 3 knows the first only.
-        .config("spark.sql.execution.arrow.maxRecordsPerBatch", args.batch_size)
+        # They bound a worker's memory, whatever the number and the size of images, and of files of the cache, of some 4 MB.
+        # Spark 3 knows the first only.
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", min(args.batch_size, 32))
         .config("spark.sql.execution.arrow.maxBytesPerBatch", 64 * 2**20)
         .config("spark.sql.execution.arrow.pyspark.enabled", True)  # a graph of 100 MB is read in half the time
         .config("spark.sql.adaptive.enabled", False)  # it would merge tasks whose rows are small but dear
         .config("spark.ui.showConsoleProgress", False)  # `progress` says more
+        # Spark 4 lists these with all that is below by one call for a thousand files, not by one for each folder.
+        .config("spark.sql.sources.useListFilesFileSystemList", "s3,s3a")
         .getOrCreate()
     )
     backbone = json.loads(read_bytes(spark, f"{args.backbone}/backbone.json"))
@@ -95,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
     about = {"backbone": backbone, "batch_size": args.batch_size, "precision": args.precision}
     cache = open_cache(spark, fingerprint(**about), about)
-    missing = missing_ids(keys, drop_damaged_files(spark, cache, backbone["n_features"])).persist()
+    missing = missing_ids(keys, heal(spark, cache, backbone["n_features"])).persist()
     n_missing = missing.count()
     if n_missing:
         graph = read_bytes(spark, f"{args.backbone}/graph.pb")
@@ -115,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     (
-        read_cache(spark, cache, backbone["n_features"])
+        read_cache(spark, cache)
         .join(keys, "content_id")
         .select(*FEATURES.names)
         .repartition(n_files, "image_id")
@@ -148,10 +165,13 @@ def missing_ids(images: DataFrame, computed: DataFrame) -> DataFrame:
 
 
 def spread(images: DataFrame, n_distinct: int) -> DataFrame:
-    """Divide the distinct images among tasks of equal size: one for each core, or small ones."""
+    """Divide the distinct images among tasks of equal size: one for each core, or small ones.
+
+    A cluster that grows says its cores by spark.default.parallelism. Without it, they are those that are there by now.
+    """
     n_cores = images.sparkSession.sparkContext.defaultParallelism
     n_tasks = n_cores * math.ceil(n_distinct / (n_cores * IMAGES_PER_TASK))
-    return images.select("content_id", "content").repartition(n_tasks, "content_id").dropDuplicates(["content_id"])
+    return images.select("content_id", "path", "content").repartition(n_tasks, "content_id").dropDuplicates(["content_id"])
 
 
 def forward(
@@ -162,10 +182,19 @@ def forward(
     precision: str,
     passes: Accumulator[int],
 ) -> DataFrame:
-    """Compute COMPUTED, one row for each row of images.
+    """Compute CACHED, one row for each row of images.
 
     Batches are filled up to batch_size: with one shape for all, TensorFlow's result for an image does not depend, to the
     last bit, on the images beside it.
+
+    Parameters
+    ----------
+    images : content_id, path and content
+
+    Raises
+    ------
+    ValueError
+        in the task: a feature is not a finite number; with the path of the image
     """
     wanted = backbone["pixels"]
 
@@ -178,20 +207,40 @@ def forward(
             network.value["forward"] = load(network.value["graph"], backbone, precision, n_threads, gpus)
             del network.value["graph"]
         images = (
-            (content_id.as_py(), to_pixels(content.as_py(), wanted))
+            (content_id.as_py(), path.as_py(), to_pixels(content.as_py(), wanted))
             for batch in batches
-            for content_id, content in zip(batch["content_id"], batch["content"], strict=True)
+            for content_id, path, content in zip(batch["content_id"], batch["path"], batch["content"], strict=True)
         )
         while some := list(islice(images, batch_size)):
+            ids, paths, decoded = zip(*some, strict=True)
             pixels = np.zeros((batch_size, wanted["height"], wanted["width"], 3), np.uint8)
-            pixels[: len(some)] = [each for _, each in some]
+            pixels[: len(some)] = decoded
             features = network.value["forward"](pixels)[: len(some)]
             passes.add(len(some))
-            offsets = np.arange(len(some) + 1, dtype=np.int32) * features.shape[1]
-            rows = pa.ListArray.from_arrays(offsets, features.ravel())
-            yield pa.RecordBatch.from_arrays([pa.array([each for each, _ in some]), rows], names=COMPUTED.names)
+            for path, row in zip(paths, features, strict=True):
+                if not np.isfinite(row).all():
+                    raise ValueError(
+                        f"featurize: {np.count_nonzero(~np.isfinite(row)):,} of {len(row):,} features of {path} are not "
+                        f"finite in {precision}. In params.yaml, choose another featurize.precision or another backbone, or "
+                        "leave the image out by ingest.leave_out."
+                    )
+            checksums = [checksum(*row) for row in zip(ids, features, strict=True)]
+            yield pa.RecordBatch.from_arrays([pa.array(ids), as_lists(features), pa.array(checksums)], names=CACHED.names)
 
-    return images.mapInArrow(compute, COMPUTED)
+    return images.mapInArrow(compute, CACHED)
+
+
+def as_lists(features: np.ndarray) -> pa.ListArray:
+    """Make a list of numbers of each row of an array of shape (n, n_features)."""
+    return pa.ListArray.from_arrays(np.arange(len(features) + 1, dtype=np.int32) * features.shape[1], features.ravel())
+
+
+def checksum(content_id: str, features: np.ndarray) -> int:
+    """Compute the CRC-32 of an image's name and of its features' bytes.
+
+    Spark's own hashes take -0.0 for 0.0 and all NaN for one: they would not see these bits change.
+    """
+    return zlib.crc32(features.data, zlib.crc32(content_id.encode()))
 
 
 def load(
@@ -238,7 +287,8 @@ def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> st
         "backbone": {key: backbone[key] for key in ("graph_sha256", "input", "output", "pixels")},
         "batch_size": batch_size,
         "precision": precision,
-        "code": [inspect.getsource(function) for function in (to_pixels, load, settings)],
+        "code": [inspect.getsource(function) for function in (to_pixels, load, settings, checksum)],
+        "layout": CACHED.simpleString(),
         "versions": [f"{name} {each.version}" for name in LIBRARIES for each in distributions(name=name)],
     }
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]
@@ -264,44 +314,107 @@ def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
     return cache
 
 
-def read_cache(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
-    """Read COMPUTED; rows that cannot be read, or are not of n_features, are passed over."""
+def heal(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
+    """Delete each file of the cache that is damaged, and say so; give the content_id of each row of the others.
+
+    Only bytes that were read are called damaged. Another run may delete the same files at the same time.
+    """
+
+    def look(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for url, content in files_of(batches):
+            ids: list[str | None] = []
+            fault = ""
+            try:
+                ids += parse(content, n_features)[0]
+            except ValueError as error:
+                fault = str(error)
+            rows = [(url, each, None) for each in ids] if ids else [(url, None, fault)]
+            columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+            yield pa.RecordBatch.from_arrays(columns, names=SEEN.names)
+
+    files = reader(spark).format("binaryFile").load(literal(cache))
+    files = files.select(F.col("_metadata.file_path").alias("url"), "length", "content")
+    seen = files.mapInArrow(look, SEEN).persist()
+    faults = {row.url: row.fault for row in seen.groupBy("url").agg(F.first("fault").alias("fault")).collect()}
+    read = {urlsplit(url).path for url in faults}
+    for url in files.inputFiles():
+        if urlsplit(url).path not in read:  # Spark reads no file of 0 bytes
+            file, file_system = hadoop_path(spark, unquote(url))
+            with suppress(Py4JJavaError):  # another run has deleted it
+                if file_system.getFileStatus(file).getLen() == 0:
+                    faults[url] = "0 bytes"
+    for url, fault in sorted((url, fault) for url, fault in faults.items() if fault is not None):
+        file, file_system = hadoop_path(spark, unquote(url))
+        file_system.delete(file, False)
+        if fault:  # Spark writes a sound file without a row where a task has none
+            path = file.toUri().getPath() if file.toUri().getScheme() == "file" else file.toString()
+            print(f"featurize: {path} is damaged ({fault}); its features are computed again", file=sys.stderr)
+    return seen.where("content_id IS NOT NULL").select("content_id")
+
+
+def read_cache(spark: SparkSession, cache: str) -> DataFrame:
+    """Read COMPUTED of the files that `heal` has left. One whose bytes have changed since ends the stage, and is named."""
+    pages = reader(spark).option("parquet.page.verify-checksum.enabled", True)
+    return pages.schema(CACHED).parquet(literal(cache)).select(*COMPUTED.names)
+
+
+def reader(spark: SparkSession) -> DataFrameReader:
+    """Make a reader of all files of the cache. One that cannot be read ends the stage, and is named."""
     return (
-        spark.read.schema(COMPUTED)
-        .option("recursiveFileLookup", True)
+        spark.read.option("recursiveFileLookup", True)
         .option("pathGlobFilter", "*.parquet")
-        .option("ignoreCorruptFiles", True)
-        .parquet(cache)
-        .where(F.size("features") == n_features)
+        .option("ignoreMissingFiles", True)  # another run may have deleted it, as damaged
+        # Without the checksums that Hadoop keeps beside a file: where they do not agree, it cannot be read.
+        .option("fs.file.impl", "org.apache.hadoop.fs.RawLocalFileSystem")
+        .option("fs.file.impl.disable.cache", True)
     )
 
 
-def drop_damaged_files(spark: SparkSession, cache: str, n_features: int) -> DataFrame:
-    """Remove each file of the cache of which nothing can be read; give the content_id of each row of the others."""
-    rows = read_cache(spark, cache, n_features).select("content_id", "_metadata.file_path").persist()
-    sound = rows.select("file_path").distinct()
-    files = spark.read.format("binaryFile").option("recursiveFileLookup", True).option("pathGlobFilter", "*.parquet")
-    for (url,) in files.load(cache).select("_metadata.file_path").join(sound, "file_path", "left_anti").collect():
-        path = unquote(url)
-        if not is_empty(spark, path):  # Spark writes a file for its schema where a task has no row
-            print(f"featurize: {path} is damaged; its features are computed again", file=sys.stderr)
-        file, file_system = hadoop_path(spark, path)
-        file_system.delete(file, False)
-    return rows.select("content_id")
+def literal(path: str) -> str:
+    """Write a path so that Spark takes it for a name, not for a pattern of names."""
+    return re.sub(r"([\\{}\[\]*?])", r"\\\1", path)
 
 
-def is_empty(spark: SparkSession, path: str) -> bool:
-    """Tell whether a Parquet file is sound and has no row."""
-    jvm: Any = spark._jvm
-    file, _ = hadoop_path(spark, path)
-    source = jvm.org.apache.parquet.hadoop.util.HadoopInputFile.fromPath(file, spark._jsc.hadoopConfiguration())
+def files_of(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, pa.Buffer]]:
+    """Yield url and content of each file.
+
+    Raises
+    ------
+    OSError
+        not all of it was read; with its name and both lengths
+    """
+    for batch in batches:
+        for url, length, content in zip(*batch.columns, strict=True):
+            read = content.as_buffer()
+            if len(read) != length.as_py():
+                raise OSError(f"featurize: {len(read):,} of {length.as_py():,} bytes of {url} were read. Run again.")
+            yield url.as_py(), read
+
+
+def parse(content: pa.Buffer, n_features: int) -> tuple[list[str], np.ndarray]:
+    """Read a file of the cache.
+
+    Returns
+    -------
+    content_id of each row; features, float32 (n, n_features)
+
+    Raises
+    ------
+    ValueError
+        the file is damaged, or is no such file
+    """
     try:
-        reader = jvm.org.apache.parquet.hadoop.ParquetFileReader.open(source)
-    except Py4JJavaError:
-        return False
-    n_rows = reader.getRecordCount()
-    reader.close()
-    return bool(n_rows == 0)
+        table = pq.ParquetFile(pa.BufferReader(content)).read(CACHED.names, use_threads=False).combine_chunks()
+        ids, checksums = (table[name].to_pylist() for name in ("content_id", "checksum"))
+        features = np.asarray(table["features"].combine_chunks().flatten()).reshape(len(ids), n_features)
+        agree = [checksum(*row) for row in zip(ids, features, strict=True)] == checksums
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow raises nearly any on damaged bytes
+        raise ValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+    if not (agree and features.dtype == np.float32):
+        raise ValueError("a row does not agree with its checksum")
+    return ids, features
 
 
 def append(computed: DataFrame, cache: str) -> None:

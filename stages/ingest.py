@@ -18,7 +18,6 @@ import io
 import math
 import os
 import re
-import stat
 import struct
 import unicodedata
 import warnings
@@ -170,6 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         # Photographs are small files: a task takes some 500, and folders are listed by the driver up to a thousand.
         .config("spark.sql.files.openCostInBytes", OPEN_BYTES)
         .config("spark.sql.sources.parallelPartitionDiscovery.threshold", 1000)
+        # Spark 4 lists these with all that is below by one call for a thousand files, not by one for each folder.
+        .config("spark.sql.sources.useListFilesFileSystemList", "s3,s3a")
         .getOrCreate()
     )
     listing = find_files(spark, args.source, take=args.take, leave_out=args.leave_out, share=args.share)
@@ -204,7 +205,19 @@ def main(argv: list[str] | None = None) -> None:
     images = inspected.where("reason IS NULL").select(*IMAGES.names)
     n_parts = max(1, math.ceil(counts["n_bytes"] / (args.file_size_mb * 2**20)))
     (images.repartition(n_parts, "image_id").sortWithinPartitions("image_id", "path").write.parquet(f"{args.output}/images"))
+    check_written(spark, args.output, counts, sum(n for _, n, _ in kinds))
     print(f"ingest: {said}")
+
+
+def check_written(spark: SparkSession, output: str, counts: dict[str, int], n_ignored: int) -> None:
+    """Exit if a table has not as many rows as files were counted."""
+    for table, n in (("images", counts["n_images"]), ("quarantine", counts["n_quarantined"]), ("ignored", n_ignored)):
+        n_rows = spark.read.parquet(f"{output}/{table}").count()
+        if n_rows != n:
+            raise SystemExit(
+                f"ingest: {n_rows:,} rows of {table} were written for {n:,} files. Files that a lost task had read may have "
+                "changed before they were read again. Run again."
+            )
 
 
 def find_files(spark: SparkSession, source: str, *, take: list[str], leave_out: list[str], share: float) -> Listing:
@@ -380,11 +393,12 @@ def inspect_files(
     files = spark.createDataFrame(spark.sparkContext.parallelize(rows, n_tasks), FILES, verifySchema=False)
     if listing.is_local:
         return files.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
-    there = read_elsewhere(spark, listing, max_bytes).join(F.broadcast(files.select("path")), "path", "left_semi")
+    listed = F.broadcast(files.select("path", "length"))
+    there = read_elsewhere(spark, listing, max_bytes).join(listed, ["path", "length"], "left_semi")
     inspected = there.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
     if inspected.count() == len(rows):
         return inspected
-    # Spark gives no row for a file that is empty, too large for us, or cannot be opened.
+    # Spark gives no row for a file that is empty, or too large for us. Nor have we one that changed since it was listed.
     seen = inspected.select(F.encode("path", "UTF-8").alias("path"))
     return inspected.union(files.join(seen, "path", "left_anti").mapInArrow(inspect, INSPECTED))
 
@@ -414,8 +428,8 @@ def open_file(
     Refused
         the file is no image that we can use. The reason is no_image, and the detail its kind, if neither name nor content
         claims to be one.
-    MemoryError
-        with the name of the file
+    MemoryError, OSError
+        with the name of the file: it takes too much memory; it cannot be read, or not all of it
     """
     shown = show(path)
     try:
@@ -425,6 +439,8 @@ def open_file(
             raise Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
         if content is None:
             content = read_file(root, path, length)
+        if len(content) != length:
+            raise OSError(f"{shown}: {len(content):,} of {length:,} bytes were read. If nobody changes it now, run again.")
         image, is_kept = decode(content, max_pixels)
         if min(image.size) < min_side:
             raise Refused("too_small", f"{image.width} x {image.height}, less than {min_side:,} on a side")
@@ -444,39 +460,38 @@ def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
 
     Parameters
     ----------
-    root : the folder that the path is relative to; None if it is not on this machine
+    root : the folder that the path is relative to; None if it is not on this machine, where Spark reads all but empty files
 
     Raises
     ------
     Refused
-        the file cannot be opened, or its name is not in UTF-8
+        it is no regular file, or its name is not in UTF-8
+    OSError
+        it cannot be read, which need be no fault of the file; with its name
     """
     try:
         path.decode()
-        if root is not None:
-            file = Path(os.fsdecode(os.path.join(root, path)))
-            if not stat.S_ISREG(file.stat().st_mode):
-                raise Refused("unreadable", "no regular file")  # to read a pipe would wait for ever
-            return file.read_bytes()
     except UnicodeDecodeError as error:
         raise Refused("unreadable", "its name is not in UTF-8: rename it, as `convmv -f latin1 -t utf8` does") from error
+    if length < 0:
+        raise Refused("unreadable", "no regular file, nor a link to one")  # to read a pipe would wait for ever
+    try:
+        return Path(os.fsdecode(os.path.join(root, path))).read_bytes() if root is not None else b""
     except OSError as error:
-        raise Refused("unreadable", f"cannot be opened: {error.strerror}") from error
-    if length:
-        raise Refused("unreadable", "cannot be opened")
-    return b""
+        raise OSError(f"{show(path)} cannot be read: {error.strerror}. If it can now, run again.") from error
 
 
 def read_elsewhere(spark: SparkSession, listing: Listing, max_bytes: int) -> DataFrame:
-    """FILES that are not on this machine, read by Spark; those of more than max_bytes are left out."""
+    """FILES that are not on this machine, read by Spark; those of more than max_bytes are left out.
+
+    Spark asks again for one that cannot be read, as often as it repeats a task, and then ends the stage with its name: that
+    need be no fault of the file.
+    """
     is_part = any(reason in ("left_out", "not_in_share") for _, _, reason, _ in listing.ignored)
     paths = [f"{listing.root}/{path}" for path, _ in listing.candidates] if is_part else [listing.root]
     return (
         spark.read.format("binaryFile")
         .option("recursiveFileLookup", True)
-        # A file that cannot be opened must not end the run: `inspect_files` sees that it is missing.
-        .option("ignoreMissingFiles", True)
-        .option("ignoreCorruptFiles", True)
         .load([re.sub(r"([\\{}\[\]*?])", r"\\\1", path) for path in paths])  # names, not patterns
         .where(F.col("length") <= max_bytes)
         .select(F.encode(F.col("path").substr(len(listing.root) + 2, 2**31 - 1), "UTF-8").alias("path"), "length", "content")

@@ -31,3 +31,15 @@ def test_each_kind_of_features_has_a_line(tmp_path: Path, capsys: pytest.Capture
 def test_an_empty_cache_is_said_to_be_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache.main([str(tmp_path / "none")])
     assert capsys.readouterr().out == f"cache: {tmp_path}/none holds no features\n"
+
+
+def test_damaged_files_are_counted_as_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"backbone": {"name": "resnet50", "weights": "imagenet", "pixels": {"width": 224, "height": 224}}}
+    folder = tmp_path / "cache [1]" / "a1"
+    folder.mkdir(parents=True)
+    (folder / "about.json").write_text(json.dumps(about | {"batch_size": 8, "precision": "float32"}))
+    pq.write_table(pa.table({"image_id": ["a", "b"]}), folder / "part-00000.parquet")
+    (folder / "part-00001.parquet").write_bytes(b"")
+    (folder / "part-00002.parquet").write_bytes(b"garbage" * 9)
+    cache.main([str(tmp_path / "cache [1]")])
+    assert capsys.readouterr().out.splitlines()[1].split()[-3] == "2"

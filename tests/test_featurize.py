@@ -1,5 +1,6 @@
 """Facts about stages/featurize.py: one pass of the backbone for each distinct image, and never again."""
 
+import copy
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,14 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
+import yaml
 from PIL import Image, ImageOps
-from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
+from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 from bootstrap import parameters
 from stages import featurize
+from tests import webhdfs
 from tests.helpers import PARAMS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,8 +95,8 @@ def contents(image_bytes: ImageBytes) -> list[bytes]:
 
 
 def images_of(spark: SparkSession, contents: list[bytes]) -> DataFrame:
-    rows = [(sha256(content), content) for content in contents]
-    return spark.createDataFrame(rows, "content_id string, content binary")
+    rows = [(sha256(content), f"Apple/{i}.jpg", content) for i, content in enumerate(contents)]
+    return spark.createDataFrame(rows, "content_id string, path string, content binary")
 
 
 # Pixels
@@ -239,6 +241,26 @@ def test_a_pass_is_counted_for_each_image_and_none_for_padding(
     assert passes == len(features) == n_images
 
 
+@pytest.mark.parametrize("numerator", [0.0, 1.0], ids=["not_a_number", "infinite"])
+def test_an_image_with_a_feature_that_is_not_finite_ends_the_stage_and_is_named(
+    numerator: float, spark: SparkSession, contents: list[bytes], tmp_path: Path
+) -> None:
+    @tf.function(input_signature=[tf.TensorSpec((None, SIZE, SIZE, 3), tf.uint8, name="pixels")])
+    def odd(pixels: tf.Tensor) -> tf.Tensor:
+        return tf.divide(numerator, tf.reduce_mean(tf.cast(pixels, tf.float32), axis=[1, 2]), name="features")
+
+    graph = convert_variables_to_constants_v2(odd.get_concrete_function()).graph.as_graph_def().SerializeToString()
+    file = io.BytesIO()
+    Image.new("RGB", (SIZE, SIZE), (0, 9, 0)).save(file, "PNG")
+    network = spark.sparkContext.broadcast({"graph": graph})
+    passes = spark.sparkContext.accumulator(0)
+    images = images_of(spark, [contents[0], file.getvalue(), contents[2]]).coalesce(1)
+    computed = featurize.forward(images, network, BACKBONE, 4, "float32", passes)
+    with pytest.raises(Exception, match=r"2 of 3 features of Apple/1.jpg are not finite in float32\. In params.yaml"):
+        featurize.append(computed, str(tmp_path / "cache"))
+    assert not list(tmp_path.rglob("part-*.parquet"))
+
+
 def test_features_are_float32(spark: SparkSession, graph: bytes, contents: list[bytes]) -> None:
     features = featurize.load(graph, BACKBONE, "float32", n_threads=1)(np.zeros((2, SIZE, SIZE, 3), np.uint8))
     assert (features.dtype, features.shape) == (np.float32, (2, N_FEATURES))
@@ -261,6 +283,31 @@ def test_tasks_are_as_many_as_cores_or_a_multiple(
     assert spark.sparkContext.defaultParallelism == 2
     work = featurize.spread(images_of(spark, contents), n_distinct)
     assert work.rdd.getNumPartitions() == n_tasks
+
+
+def test_on_aws_tasks_are_as_many_as_the_cores_of_all_executors() -> None:
+    settings = yaml.safe_load((ROOT / "bootstrap/aws/cluster.yaml").read_text())
+    (spark,) = (each for each in settings["cluster"]["Configurations"] if each["Classification"] == "spark-defaults")
+    n_executors = settings["cluster"]["ManagedScalingPolicy"]["ComputeLimits"]["MaximumCapacityUnits"]
+    for conf, n in (
+        (spark["Properties"], n_executors),
+        (settings["serverless"], int(settings["serverless"]["spark.dynamicAllocation.maxExecutors"])),
+    ):
+        assert int(conf["spark.default.parallelism"]) == n * int(conf["spark.executor.cores"])
+
+
+@pytest.mark.slow
+def test_tasks_are_as_many_as_is_set_though_fewer_cores_are_there(
+    graph: bytes, contents: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dspark.default.parallelism=6")
+    place = Workplace(tmp_path, graph)
+    for i, content in enumerate(contents):
+        place.add(f"Apple/{i}.{'png' if i % 2 else 'jpg'}", content)
+    place.ingest()
+    place.features()
+    names = {file.name.split("-")[1] for file in tmp_path.glob("cache/**/part-*.parquet")}
+    assert "00003" in names or "00004" in names or "00005" in names
 
 
 def test_only_what_is_not_computed_is_missing_and_only_once(spark: SparkSession) -> None:
@@ -294,6 +341,12 @@ def test_a_change_of_what_determines_features_changes_the_caches_name(change: di
     assert fingerprint(**change) != fingerprint()
 
 
+def test_a_change_of_what_a_row_has_changes_the_caches_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint()
+    monkeypatch.setattr(featurize, "CACHED", featurize.COMPUTED)
+    assert fingerprint() != before
+
+
 def test_the_caches_name_is_the_same_in_another_process() -> None:
     code = f"from stages.featurize import fingerprint; print(fingerprint({DESCRIPTION}, 8, 'float32'))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -315,17 +368,19 @@ def open_cache(spark: SparkSession, folder: Path) -> Path:
     return Path(featurize.open_cache(spark, "name", ABOUT))
 
 
-def computed(spark: SparkSession, ids: str) -> DataFrame:
-    return spark.createDataFrame([(each, [1.0, 2.0, float(ord(each))]) for each in ids], featurize.COMPUTED).coalesce(1)
+def computed(spark: SparkSession, ids: Iterable[str]) -> DataFrame:
+    features = [[1.0, 0.0, float(ord(each[-1]))] for each in ids]
+    rows = [(*row, featurize.checksum(row[0], np.array(row[1], np.float32))) for row in zip(ids, features, strict=True)]
+    return spark.createDataFrame(rows, featurize.CACHED).coalesce(1)
 
 
 def ids_in(spark: SparkSession, cache: Path) -> str:
-    return "".join(sorted(row.content_id for row in featurize.read_cache(spark, str(cache), N_FEATURES).collect()))
+    return "".join(sorted(row.content_id for row in featurize.read_cache(spark, str(cache)).collect()))
 
 
 def test_a_new_cache_is_empty(spark: SparkSession, tmp_path: Path) -> None:
     cache = open_cache(spark, tmp_path / "not" / "yet")
-    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
+    featurize.heal(spark, str(cache), N_FEATURES)
     assert cache.is_dir()
     assert ids_in(spark, cache) == ""
 
@@ -339,8 +394,8 @@ def test_what_is_appended_is_read_with_what_was_there(spark: SparkSession, tmp_p
     cache = open_cache(spark, tmp_path)
     for ids in ("ab", "c"):
         featurize.append(computed(spark, ids), str(cache))
-    read = featurize.read_cache(spark, str(cache), N_FEATURES).orderBy("content_id").collect()
-    assert [(row.content_id, row.features) for row in read] == [(each, [1.0, 2.0, float(ord(each))]) for each in "abc"]
+    read = featurize.read_cache(spark, str(cache)).orderBy("content_id").collect()
+    assert [(row.content_id, row.features) for row in read] == [(each, [1.0, 0.0, float(ord(each))]) for each in "abc"]
 
 
 def test_a_cache_that_cannot_be_made_ends_the_run(spark: SparkSession) -> None:
@@ -354,25 +409,47 @@ def test_a_file_in_the_place_of_the_cache_ends_the_run(spark: SparkSession, tmp_
         open_cache(spark, tmp_path / "file")
 
 
+def table_of(ids: list[str | None], features: pa.Array, checksums: list[int] | None = None) -> pa.Table:
+    return pa.table({"content_id": ids, "features": features, "checksum": checksums or [0] * len(ids)})
+
+
+def replace(file: Path, old: bytes, new: bytes) -> None:
+    assert old in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+
+
+def swap(file: Path) -> None:
+    table = pq.read_table(file)
+    pq.write_table(
+        table.set_column(1, table.field(1), pa.chunked_array([table["features"].to_pylist()[::-1]], FLOAT32)), file
+    )
+
+
+FLOAT32 = pa.list_(pa.field("element", pa.float32()))
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated": lambda file: file.write_bytes(file.read_bytes()[:-30]),
     "garbage": lambda file: file.write_bytes(b"garbage" * 50),
-    "one_byte_changed": lambda file: file.write_bytes(
-        file.read_bytes().replace(b"\x00\x00\x80\x3f", b"\x00\x00\x80\x3e", 1)
-    ),
-    "features_are_text": lambda file: pq.write_table(pa.table({"content_id": ["x"], "features": ["1 2 3"]}), file),
+    "without_a_byte": lambda file: file.write_bytes(b""),
+    "a_bit_flipped": lambda file: replace(file, b"\x00\x00\x80\x3f", b"\x00\x00\x80\x3e"),
+    "a_sign_flipped": lambda file: replace(file, b"\x80\x3f\0\0\0\0", b"\x80\x3f\0\0\0\x80"),  # 0.0 is now -0.0
+    "not_a_number": lambda file: replace(file, b"\x00\x00\x80\x3f", b"\x00\x00\xc0\x7f"),
+    "vectors_swapped": swap,
+    "features_are_text": lambda file: pq.write_table(table_of(["x"], pa.array(["1 2 3"])), file),
     "features_are_float64": lambda file: pq.write_table(
-        pa.table({"content_id": ["x"], "features": [[1.0, 2.0, 3.0]]}), file
+        table_of(["x"], pa.array([[1.0, 2.0, 3.0]]), [featurize.checksum("x", np.array([1.0, 2.0, 3.0]))]), file
     ),
+    "features_are_missing": lambda file: pq.write_table(table_of(["x"], pa.array([None], FLOAT32)), file),
+    "a_feature_is_missing": lambda file: pq.write_table(table_of(["x"], pa.array([[1.0, None, 3.0]], FLOAT32)), file),
+    "an_image_has_no_name": lambda file: pq.write_table(table_of([None], pa.array([[1.0, 2.0, 3.0]], FLOAT32)), file),
     "other_columns": lambda file: pq.write_table(pa.table({"id": [1]}), file),
     "other_n_features": lambda file: pq.write_table(
-        pa.table({"content_id": ["x"], "features": pa.array([[1.0, 2.0]], pa.list_(pa.float32()))}), file
+        table_of(["x"], pa.array([[1.0, 2.0]], FLOAT32), [featurize.checksum("x", np.array([1.0, 2.0], np.float32))]), file
     ),
 }
 
 
 class Dropped(NamedTuple):
-    """A cache of sound and damaged files, after drop_damaged_files."""
+    """A cache of sound and damaged files, after heal."""
 
     files: dict[str, Path]
     sound: list[Path]
@@ -388,14 +465,14 @@ def dropped(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Dr
     files = {}
     for i, (name, harm) in enumerate(DAMAGE.items()):
         before = set(cache.rglob("*.parquet"))
-        featurize.append(computed(spark, chr(ord("p") + i)), str(cache))
+        featurize.append(computed(spark, [f"{i}p", f"{i}q"]), str(cache))
         (files[name],) = set(cache.rglob("*.parquet")) - before
-        harm(files[name])
-        if name != "one_byte_changed":  # which nothing but Hadoop's checksum tells
+        if i % 2:  # Hadoop's own checksum may be there or not
             files[name].with_name(f".{files[name].name}.crc").unlink()
+        harm(files[name])
     said = io.StringIO()
     with redirect_stderr(said):
-        featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
+        featurize.heal(spark, str(cache), N_FEATURES)
     return Dropped(files, sound, said.getvalue(), ids_in(spark, cache))
 
 
@@ -406,14 +483,111 @@ def test_a_damaged_file_is_removed(name: str, dropped: Dropped) -> None:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_a_damaged_file_is_named_on_stderr(name: str, dropped: Dropped) -> None:
-    assert f"{dropped.files[name]} is damaged; its features are computed again" in dropped.said
+    said = rf"featurize: {re.escape(str(dropped.files[name]))} is damaged \([^\n]+\); its features are computed again"
+    assert len(re.findall(said, dropped.said)) == 1
 
 
-def test_an_empty_file_is_passed_over(spark: SparkSession, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_bit_flips_a_file_has_its_own_rows_or_is_damaged(seed: int, spark: SparkSession, tmp_path: Path) -> None:
+    featurize.append(computed(spark, "abc"), str(tmp_path))
+    (file,) = tmp_path.rglob("*.parquet")
+    sound = file.read_bytes()
+
+    def rows(content: bytes) -> set[tuple[str, bytes]]:
+        ids, features = featurize.parse(pa.py_buffer(content), N_FEATURES)
+        return {(content_id, row.tobytes()) for content_id, row in zip(ids, features, strict=True)}
+
+    n_damaged, expected = 0, rows(sound)
+    for i, bit in enumerate(np.random.default_rng(seed).integers(0, 8, len(sound))):
+        flipped = bytearray(sound)
+        flipped[i] ^= 1 << bit
+        try:
+            assert rows(bytes(flipped)) <= expected
+        except ValueError:
+            n_damaged += 1
+    assert n_damaged > 100  # others are of statistics and names
+
+
+@pytest.mark.parametrize("harm", ["garbage", "without_a_byte"])
+def test_a_damaged_file_that_another_run_deletes_at_the_same_time_is_passed_over(
+    harm: str, spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = open_cache(spark, tmp_path)
-    (cache / "part.parquet").write_bytes(b"")
-    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
-    assert ids_in(spark, cache) == ""
+    featurize.append(computed(spark, "abc"), str(cache))
+    damaged = cache / "part.parquet"
+    DAMAGE[harm](damaged)
+
+    def load(*given: Any) -> DataFrame:
+        files = listed(*given)
+        damaged.unlink()
+        return files
+
+    listed = DataFrameReader.load
+    monkeypatch.setattr(DataFrameReader, "load", load)
+    assert {row.content_id for row in featurize.heal(spark, str(cache), N_FEATURES).collect()} == {*"abc"}
+    rows = featurize.read_cache(spark, str(cache))
+    for file in cache.rglob("*.parquet"):
+        file.unlink()
+    assert rows.collect() == []
+
+
+@pytest.mark.parametrize("harm", ["garbage", "a_bit_flipped", "a_sign_flipped"])
+def test_a_file_that_is_damaged_after_it_was_seen_to_be_sound_ends_the_stage_and_is_named(
+    harm: str, spark: SparkSession, tmp_path: Path
+) -> None:
+    cache = open_cache(spark, tmp_path)
+    featurize.append(computed(spark, "abc"), str(cache))
+    featurize.heal(spark, str(cache), N_FEATURES)
+    (file,) = cache.rglob("*.parquet")
+    DAMAGE[harm](file)
+    with pytest.raises(Exception, match=re.escape(file.name)):
+        featurize.read_cache(spark, str(cache)).collect()
+
+
+def test_a_sound_file_is_read_though_hadoops_checksum_is_damaged(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path)
+    featurize.append(computed(spark, "abc"), str(cache))
+    (crc,) = cache.rglob(".part*.crc")
+    crc.write_bytes(crc.read_bytes()[:-1] + bytes([crc.read_bytes()[-1] ^ 1]))
+    assert featurize.heal(spark, str(cache), N_FEATURES).count() == 3
+    assert ids_in(spark, cache) == "abc"
+
+
+# A cache that is elsewhere, where reading fails now and then
+
+
+@pytest.mark.parametrize("way", ["busy", "cut", "short"])
+def test_a_file_that_cannot_be_read_ends_the_stage_and_is_named_and_kept(
+    way: str, spark: SparkSession, tmp_path: Path
+) -> None:
+    with webhdfs.serve(tmp_path) as server:
+        spark.conf.set("spark.featurize.cache", server.url)
+        cache = featurize.open_cache(spark, "name", ABOUT)
+        featurize.append(computed(spark, "abc"), cache)
+        (file,) = tmp_path.rglob("*.parquet")
+        path = str(file.relative_to(tmp_path))
+        server.fails[path] = (99, way)
+        with pytest.raises(Exception, match=re.escape(f"{server.url}/{path}")):
+            featurize.heal(spark, cache, N_FEATURES)
+        with pytest.raises(Exception, match=re.escape(f"{server.url}/{path}")):
+            featurize.read_cache(spark, cache).collect()
+        assert file.exists()
+        server.fails.clear()
+        assert {row.content_id for row in featurize.heal(spark, cache, N_FEATURES).collect()} == {*"abc"}
+
+
+def test_a_damaged_file_elsewhere_is_removed_and_named(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with webhdfs.serve(tmp_path) as server:
+        for name in ("garbage", "without_a_byte"):
+            (tmp_path / "cache [1]").mkdir(exist_ok=True)
+            DAMAGE[name](tmp_path / "cache [1]" / f"{name}.parquet")
+        featurize.heal(spark, f"{server.url}/cache [1]", N_FEATURES)
+    assert not list(tmp_path.rglob("*.parquet"))
+    said = capsys.readouterr().err
+    for name in ("garbage", "without_a_byte"):
+        assert f"featurize: {server.url}/cache [1]/{name}.parquet is damaged (" in said
 
 
 def test_a_sound_file_is_kept(dropped: Dropped) -> None:
@@ -421,13 +595,18 @@ def test_a_sound_file_is_kept(dropped: Dropped) -> None:
     assert dropped.ids == "abc"
 
 
-@pytest.mark.parametrize("name", ["with spaces", "a%20b+c#ü"])
-def test_a_damaged_file_is_removed_whatever_the_folders_letters(name: str, spark: SparkSession, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["with spaces", "a%20b+c#ü", "of run [1]", "{a,b}*?", "back\\slash"])
+def test_a_cache_is_kept_and_healed_whatever_the_letters_of_its_folder(
+    name: str, spark: SparkSession, tmp_path: Path
+) -> None:
     cache = open_cache(spark, tmp_path / name)
-    damaged = cache / "part.parquet"
-    damaged.write_bytes(b"garbage")
-    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
-    assert not damaged.exists()
+    featurize.append(computed(spark, "abc"), str(cache))
+    damaged = [cache / f"{name}.parquet" for name in ("garbage", "without_a_byte")]
+    for file in damaged:
+        DAMAGE[file.stem](file)
+    featurize.heal(spark, str(cache), N_FEATURES)
+    assert not any(file.exists() for file in damaged)
+    assert ids_in(spark, cache) == "abc"
 
 
 def test_what_a_killed_run_was_just_writing_is_passed_over(
@@ -437,21 +616,19 @@ def test_what_a_killed_run_was_just_writing_is_passed_over(
     half = cache / "run" / "_temporary" / "0" / "task" / "part-00000.parquet"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"PAR1")
-    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
+    featurize.heal(spark, str(cache), N_FEATURES)
     assert ids_in(spark, cache) == ""
     assert capsys.readouterr().err == ""
 
 
-def test_a_task_without_images_leaves_nothing_that_is_called_damaged(
-    spark: SparkSession, contents: list[bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_file_of_a_task_without_images_is_removed_but_not_called_damaged(
+    spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = open_cache(spark, tmp_path)
-    for content in contents[:4]:  # each alone leaves one of two tasks without work
-        work = featurize.spread(images_of(spark, [content]), 1)
-        featurize.append(
-            work.select("content_id", F.lit([1.0, 2.0, 3.0]).cast("array<float>").alias("features")), str(cache)
-        )
-    featurize.drop_damaged_files(spark, str(cache), N_FEATURES)
+    featurize.append(computed(spark, "a").where("content_id = 'b'"), str(cache))
+    assert list(cache.rglob("part-*.parquet"))  # it has a schema
+    featurize.heal(spark, str(cache), N_FEATURES)
+    assert not list(cache.rglob("part-*.parquet"))
     assert capsys.readouterr().err == ""
 
 
@@ -489,7 +666,12 @@ class Workplace:
         (self.images / path).write_bytes(content)
 
     def start(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
-        settings = {"FEATURE_CACHE": str(self.folder / cache), "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": "local[2]"}
+        place = cache if "://" in cache else str(self.folder / cache)
+        settings = {
+            "FEATURE_CACHE": place,
+            "SPARK_DRIVER_MEMORY": "1g",
+            "SPARK_MASTER": "local[2,4]",
+        }  # four tries of a task
         settings["PYTHONPATH"] = str(ROOT)
         door = [sys.executable, "-m", "bootstrap.submit", "spark-submit"]
         return subprocess.Popen(
@@ -622,6 +804,52 @@ def test_a_graph_that_is_not_the_described_one_ends_the_run(graph: bytes, conten
     assert "backbone/graph.pb is not what backbone.json says. Run `dvc repro -f backbone`." in said
     assert "Traceback" not in said
     assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_that_share_a_cache_with_damaged_files_both_end_well(
+    graph: bytes, contents: list[bytes], tmp_path: Path
+) -> None:
+    places = [tmp_path / name for name in ("one", "two")]
+    places[0].mkdir()
+    place = Workplace(places[0], graph)
+    for i, content in enumerate(contents):
+        place.add(f"Apple/{i}.{'png' if i % 2 else 'jpg'}", content)
+    place.ingest()
+    cache = str(tmp_path / "cache")
+    expected = place.features(cache=cache).files
+    shutil.copytree(places[0], places[1], ignore=shutil.ignore_patterns("features"))
+    for i, file in enumerate(sorted(tmp_path.glob("cache/**/part-*.parquet"))):
+        for n in range(60):  # while one run deletes them, the other reads what it has listed
+            harm = ("garbage", "truncated", "without_a_byte")[n % 3]
+            DAMAGE[harm](Path(shutil.copy(file, file.with_name(f"part-{i}-{n}.parquet"))))
+    runs = [place, copy.copy(place)]
+    runs[1].folder = places[1]
+    started = [run.start_featurize(cache=cache) for run in runs]
+    for run, process in zip(runs, started, strict=True):
+        said = process.communicate()
+        assert process.returncode == 0, said
+        assert {file.name: file.read_bytes() for file in (run.folder / "features").iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_a_cache_elsewhere_that_fails_now_and_then_is_asked_again(
+    graph: bytes, contents: list[bytes], tmp_path: Path
+) -> None:
+    place = Workplace(tmp_path, graph)
+    for i, content in enumerate(contents):
+        place.add(f"Apple/{i}.{'png' if i % 2 else 'jpg'}", content)
+    place.ingest()
+    (tmp_path / "there").mkdir()
+    with webhdfs.serve(tmp_path / "there") as server:
+        first = place.features(cache=server.url)
+        files = [str(file.relative_to(server.folder)) for file in server.folder.rglob("part-*.parquet")]
+        server.asked.clear()
+        server.fails = dict(zip(files, [(1, "short"), (2, "cut")], strict=True))
+        again = place.features(cache=server.url)
+    assert " 0 passes of means" in again.stdout
+    assert again.files == first.files
+    assert all(server.asked[file] > times for file, (times, _) in server.fails.items())
 
 
 # Killed in the middle

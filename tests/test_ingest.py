@@ -6,7 +6,7 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from pyspark.sql import Row, SparkSession
 
 from stages import ingest
-from tests.helpers import PARAMS
+from tests import webhdfs
+from tests.helpers import PARAMS, ROOT
 
 PATTERN = PARAMS["ingest"]["group_pattern"]
 LIMITS: dict[str, Any] = {
@@ -807,3 +808,86 @@ def test_images_are_the_same_though_they_travel_one_by_one(
         (tmp_path / path).write_bytes(delivery.files[path])
     rows = ingest.inspect_files(spark, ingest.find_files(spark, str(tmp_path), **ALL), **LIMITS).collect()
     assert sorted(rows, key=lambda row: row.path) == sorted(map(delivery.row, paths), key=lambda row: row.path)
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize(("folder", "path"), [("/proc", "self/mem"), (str(ROOT), "tests/golden")], ids=["error", "folder"])
+def test_a_file_that_cannot_be_read_is_no_image_refused_but_an_error_with_its_name(folder: str, path: str) -> None:
+    sizes = {name: LIMITS[name] for name in ("max_bytes", "max_pixels", "min_side")}
+    with pytest.raises(OSError, match=f"^{path} cannot be read: I"):
+        ingest.open_file(folder.encode(), path.encode(), 9, None, **sizes)
+
+
+def test_a_file_that_is_not_as_long_as_it_was_listed_is_an_error_with_both_lengths(tmp_path: Path) -> None:
+    (tmp_path / "Kiwi").mkdir()
+    (tmp_path / "Kiwi/1.jpg").write_bytes(b"half")
+    sizes = {name: LIMITS[name] for name in ("max_bytes", "max_pixels", "min_side")}
+    with pytest.raises(OSError, match=r"Kiwi/1\.jpg: 4 of 9 bytes were read"):
+        ingest.open_file(str(tmp_path).encode(), b"Kiwi/1.jpg", 9, None, **sizes)
+
+
+# A delivery that is elsewhere, where reading fails now and then
+
+THERE = ("Kiwi/0_100.jpg", "kinds/turned.jpg", "kinds/kind of.bmp", "bad/cut.jpg", "bad/empty.jpg", "bad/large.bmp")
+
+
+@pytest.fixture
+def elsewhere(delivery: Delivery, tmp_path: Path) -> Iterator[webhdfs.Server]:
+    """Serve some files of the delivery."""
+    files = delivery.files | {"kinds/kind of.bmp": delivery.files["kinds/bmp.bmp"]}
+    for path in THERE:
+        file = tmp_path / "photos [2024] {new}" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(files[path])
+    with webhdfs.serve(tmp_path) as server:
+        yield server
+
+
+def inspect(spark: SparkSession, server: webhdfs.Server, **choice: Any) -> list[Row]:
+    listing = ingest.find_files(spark, f"{server.url}/photos [2024] {{new}}", **ALL | choice)
+    return ingest.inspect_files(spark, listing, **LIMITS).collect()
+
+
+@pytest.mark.parametrize("leave_out", [[], ["other/*"]], ids=["all", "a_part"])
+def test_a_delivery_elsewhere_is_the_same_as_here(
+    leave_out: list[str], spark: SparkSession, elsewhere: webhdfs.Server, delivery: Delivery
+) -> None:
+    (elsewhere.folder / "photos [2024] {new}/other").mkdir()
+    (elsewhere.folder / "photos [2024] {new}/other/1.jpg").write_bytes(delivery.files["kinds/turned.jpg"])
+    rows = {row.path: row for row in inspect(spark, elsewhere, leave_out=leave_out)}
+    assert sorted(rows) == sorted([*THERE, *([] if leave_out else ["other/1.jpg"])])
+    for path in THERE[:2] + THERE[3:]:
+        assert rows[path] == delivery.row(path)
+
+
+@pytest.mark.parametrize("way", ["busy", "cut", "short", "gone"])
+def test_a_file_elsewhere_that_cannot_be_read_ends_the_stage_and_is_named(
+    way: str, spark: SparkSession, elsewhere: webhdfs.Server
+) -> None:
+    elsewhere.fails["photos [2024] {new}/kinds/turned.jpg"] = (99, way)
+    with pytest.raises(Exception, match=r"kinds/turned\.jpg"):
+        inspect(spark, elsewhere)
+
+
+def test_a_file_elsewhere_that_changes_after_it_was_listed_ends_the_stage_and_is_named(
+    spark: SparkSession, elsewhere: webhdfs.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grow(*given: Any) -> Any:
+        with (elsewhere.folder / "photos [2024] {new}/kinds/turned.jpg").open("ab") as file:
+            file.write(b"more")
+        return read(*given)
+
+    read = ingest.read_elsewhere
+    monkeypatch.setattr(ingest, "read_elsewhere", grow)
+    with pytest.raises(Exception, match=r"kinds/turned\.jpg: 0 of [\d,]+ bytes were read"):
+        inspect(spark, elsewhere)
+
+
+@pytest.mark.parametrize("short", ["images", "quarantine", "ignored"])
+def test_a_table_with_fewer_rows_than_were_counted_ends_the_stage(short: str, spark: SparkSession, tmp_path: Path) -> None:
+    for table in ("images", "quarantine", "ignored"):
+        spark.range(3 if table == short else 4).write.parquet(str(tmp_path / table))
+    with pytest.raises(SystemExit, match=rf"^ingest: 3 rows of {short} were written for 4 files\. "):
+        ingest.check_written(spark, str(tmp_path), {"n_images": 4, "n_quarantined": 4}, 4)
