@@ -454,6 +454,21 @@ def test_down_removes_what_emr_has_added_to_the_network(aws: None, calls: list[t
     assert operations.index("DescribeVpcEndpoints") < operations.index("DeleteStack"), "else the stack could not be deleted"
 
 
+def test_down_stops_the_serverless_application_and_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infrastructure, "WAIT", 0)
+    states, asked = ["STARTING", "STARTED", "STARTED", "STOPPING", "STOPPED"], []
+
+    class Serverless:
+        def get_application(self, applicationId: str) -> dict[str, Any]:
+            return {"application": {"state": states.pop(0)}}
+
+        def stop_application(self, applicationId: str) -> None:
+            asked.append((applicationId, len(states)))
+
+    infrastructure.stop_application(Serverless(), "a-1")
+    assert (asked, states) == ([("a-1", 3)], [])
+
+
 def assert_only_ours(ec2: Any, primary: str, core: str) -> None:
     groups = ec2.describe_security_groups(GroupIds=[primary, core])["SecurityGroups"]
     assert [group["IpPermissions"] for group in groups] == [[], []]

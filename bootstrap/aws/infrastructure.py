@@ -104,6 +104,8 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         )
     if not yes and not cloud.confirm(f"Delete stack {name} in {region}: network, roles, everything but the bucket?"):
         raise SystemExit("infrastructure: nothing deleted")
+    if application := outputs.get("ServerlessApplication"):
+        stop_application(cloud.client("emr-serverless", region), application)
     remove_additions_of_emr(cloud.client("ec2", region), outputs)
     seen = event_ids(cloudformation, stack["StackId"])
     cloudformation.delete_stack(StackName=name)
@@ -126,6 +128,20 @@ def link_roles(iam: Any, services: list[str]) -> None:
                 raise
         else:
             print(f"Made the role {role}, of {service}")
+
+
+def stop_application(serverless: Any, application: str) -> None:
+    """Stop the application, and wait for it: for a quarter of an hour after a job run, CloudFormation cannot delete it."""
+    is_told = False
+    while (state := serverless.get_application(applicationId=application)["application"]["state"]) in (
+        "STARTING",
+        "STARTED",
+        "STOPPING",
+    ):
+        if state == "STARTED" and not is_told:
+            serverless.stop_application(applicationId=application)
+            is_told = True
+        time.sleep(WAIT)
 
 
 def remove_additions_of_emr(ec2: Any, outputs: Mapping[str, str]) -> None:
