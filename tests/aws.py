@@ -397,7 +397,7 @@ class ServerlessApplication(CloudFormationModel):
     def create_from_cloudformation_json(
         cls, resource_name: str, cloudformation_json: Any, account_id: str, region_name: str, **_: Any
     ) -> "ServerlessApplication":
-        service = emrserverless_backends[account_id][region_name]
+        service: Any = emrserverless_backends[account_id][region_name]
         made = service.create_application(resource_name, "emr-7.13.0", "SPARK", resource_name, *[None] * 6)
         return cls(made.id)
 

@@ -62,6 +62,7 @@ Template.add_multi_constructor(
 )
 
 
+@cache
 def resources() -> dict[str, Any]:
     """The resources of infrastructure.yaml."""
     return dict(yaml.load(infrastructure.TEMPLATE.read_text(), Template)["Resources"])
@@ -69,20 +70,21 @@ def resources() -> dict[str, Any]:
 
 def policy(name: str, values: Mapping[str, str]) -> dict[str, Any]:
     """The policy of that resource of infrastructure.yaml, with the values of what it refers to."""
+    return dict(fill(resources()[name]["Properties"]["PolicyDocument"], values))
 
-    def fill(part: Any) -> Any:
-        if isinstance(part, dict):
-            return {key: fill(each) for key, each in part.items()}
-        if isinstance(part, list):
-            return [fill(each) for each in part]
-        if not isinstance(part, str):
-            return part
-        for key, value in values.items():
-            part = value if part == key else part.replace(f"${{{key}}}", value)
-        assert "${" not in part, part
+
+def fill(part: Any, values: Mapping[str, str]) -> Any:
+    """A part of the template with the values of what it refers to."""
+    if isinstance(part, dict):
+        return {key: fill(each, values) for key, each in part.items()}
+    if isinstance(part, list):
+        return [fill(each, values) for each in part]
+    if not isinstance(part, str):
         return part
-
-    return dict(fill(resources()[name]["Properties"]["PolicyDocument"]))
+    for key, value in values.items():
+        part = value if part == key else part.replace(f"${{{key}}}", value)
+    assert "${" not in part, part
+    return part
 
 
 def values(bucket: str, stack: str = "fruits", **roles: str) -> dict[str, str]:
@@ -98,6 +100,7 @@ def values(bucket: str, stack: str = "fruits", **roles: str) -> dict[str, str]:
     }
 
 
+@cache
 def managed_policy(name: str) -> dict[str, Any]:
     """The policy of AWS of that name, as moto has copied it from AWS."""
     return dict(json.loads(aws_managed_policies_data)[name]["Document"])
@@ -147,14 +150,6 @@ class Call(NamedTuple):
     service: str
     operation: str
     arguments: dict[str, Any]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """The calls of a test, as they are sent to AWS."""
-    made: list[Call] = []
-    record(monkeypatch, made)
-    return made
 
 
 def record(patch: pytest.MonkeyPatch, made: list[Call], but_by: str = "") -> None:
@@ -214,6 +209,8 @@ def needed(call: Call, roles: Mapping[str, str]) -> Iterator[Request]:
         if operation == "StartJobRun":
             role = arguments["executionRoleArn"]
             yield ask("iam:PassRole", role, **{"iam:PassedToService": "emr-serverless.amazonaws.com"})
+    elif service == "service-quotas" and "QuotaCode" in arguments:
+        yield ask(f"{prefix}:{action}", arn(prefix, f"{arguments['ServiceCode']}/{arguments['QuotaCode']}"))
     elif operation == "DescribeStacks":
         yield ask("cloudformation:DescribeStacks", arn("cloudformation", f"stack/{arguments['StackName']}/0a1b2c3d"))
     elif operation == "DeleteVpcEndpoints":
