@@ -33,7 +33,7 @@ def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                 SubnetIds=[subnet],
                 TagSpecifications=[{"ResourceType": "vpc-endpoint", "Tags": [{"Key": "Name", "Value": name}]}],
             )
-        monkeypatch.setattr(cloud, "outputs", lambda settings: {"Vpc": vpc})
+        monkeypatch.setattr(cloud, "outputs", lambda settings: {"Vpc": vpc, "Subnets": f"{subnet},subnet-2"})
         yield ec2
 
 
@@ -48,9 +48,12 @@ def left(ec2: Any) -> list[str]:
     return sorted(tag["Value"] for each in found if each["State"] != "deleted" for tag in each["Tags"])
 
 
-def start(emr: Any, name: str) -> str:
+def start(emr: Any, name: str, subnet: str = "") -> str:
+    """Start a cluster, in our network unless `subnet` is another one."""
+    where = subnet or cloud.outputs(SETTINGS)["Subnets"].split(",")[0]
     instances = {"KeepJobFlowAliveWhenNoSteps": True, "MasterInstanceType": "m6i.xlarge", "InstanceCount": 1}
-    return str(emr.run_job_flow(Name=name, ReleaseLabel="emr-7.13.0", Instances=instances)["JobFlowId"])
+    request = {"Name": name, "ReleaseLabel": "emr-7.13.0", "Instances": instances | {"Ec2SubnetId": where}}
+    return str(emr.run_job_flow(**request)["JobFlowId"])
 
 
 def test_cloud_down_deletes_it_and_no_other(ec2: Any, emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +68,13 @@ def test_cloud_down_deletes_it_also_after_a_cluster_that_ended_by_itself(ec2: An
     assert left(ec2) == ["ours"]
 
 
-def test_while_another_cluster_is_up_it_stays(ec2: Any, emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_elsewhere_does_not_need_it(ec2: Any, emr: Any) -> None:
+    start(emr, "other", "subnet-of-others")
+    endpoint.remove(SETTINGS)
+    assert left(ec2) == ["ours"]
+
+
+def test_while_another_cluster_is_up_in_the_network_it_stays(ec2: Any, emr: Any, capsys: pytest.CaptureFixture[str]) -> None:
     other = start(emr, "other")
     endpoint.remove(SETTINGS)
     assert left(ec2) == [endpoint.NAME, "ours"]
@@ -75,9 +84,9 @@ def test_while_another_cluster_is_up_it_stays(ec2: Any, emr: Any, capsys: pytest
 def test_the_end_of_the_cluster_is_waited_for(ec2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     states, at_each_look = ["TERMINATING", "TERMINATING"], []
 
-    def look(emr: Any) -> list[dict[str, Any]]:
+    def look(emr: Any, subnets: set[str]) -> dict[str, str]:
         at_each_look.append(left(ec2))
-        return [{"Id": "j-1", "Status": {"State": states.pop()}}] if states else []
+        return {"j-1": states.pop()} if states else {}
 
     monkeypatch.setattr(endpoint, "list_clusters", look)
     endpoint.remove(SETTINGS)
@@ -129,7 +138,7 @@ def test_where_there_is_none_nothing_is_said_or_waited_for(
     ec2: Any, emr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start(emr, "other")
-    monkeypatch.setattr(cloud, "outputs", lambda settings: {"Vpc": "vpc-2"})
+    monkeypatch.setattr(cloud, "outputs", lambda settings: {"Vpc": "vpc-2", "Subnets": "subnet-3"})
     endpoint.tell(SETTINGS)
     endpoint.remove(SETTINGS)
     assert capsys.readouterr().out == ""

@@ -19,6 +19,7 @@ from moto.iam.models import IAMBackend, Role
 from bootstrap.aws import cloud, cluster, endpoint, infrastructure, residency
 from tests.aws import teach_accounts
 from tests.helpers import ROOT
+from tests.iam import Template
 
 SETTINGS = cloud.settings()
 REGION = SETTINGS["region"]
@@ -37,20 +38,6 @@ OUTPUTS = {
 }
 
 
-class Template(yaml.SafeLoader):
-    """YAML with CloudFormation's tags, which become their arguments: enough to look at."""
-
-
-Template.add_multi_constructor(
-    "!",
-    lambda loader, tag, node: (
-        loader.construct_scalar(node)
-        if isinstance(node, yaml.ScalarNode)
-        else loader.construct_sequence(node, deep=True)
-        if isinstance(node, yaml.SequenceNode)
-        else loader.construct_mapping(node, deep=True)
-    ),
-)
 TEMPLATE = yaml.load(infrastructure.TEMPLATE.read_text(), Template)
 RESOURCES = TEMPLATE["Resources"]
 
@@ -144,21 +131,6 @@ def statements_of_endpoint() -> dict[str, dict[str, Any]]:
     return {
         statement["Sid"]: statement for statement in RESOURCES["S3Endpoint"]["Properties"]["PolicyDocument"]["Statement"]
     }
-
-
-def test_emr_8_can_start_in_the_private_subnets() -> None:
-    """The buckets that AWS's documentation lists for emr-spark-8.0.0 in a private subnet."""
-    resources = [r for s in statements_of_endpoint().values() for r in as_list(s["Resource"])]
-    found = [r.replace("${AWS::Partition}", "aws").replace("${AWS::Region}", REGION) for r in resources]
-    for bucket in (
-        "al2023-repos-eu-west-3-de612dc2",
-        "repo.eu-west-3.emr.amazonaws.com",
-        "aws157-instance-data-0-prod-eu-west-3",
-        "aws157-instance-data-1-prod-eu-west-3",
-        "aws157-logs-prod-eu-west-3",
-        "prod.eu-west-3.appinfo.src",
-    ):
-        assert f"arn:aws:s3:::{bucket}/*" in found
 
 
 def test_nobody_comes_in_from_outside() -> None:

@@ -15,7 +15,7 @@ WAIT = 3  # seconds between two requests
 
 def tell(settings: dict[str, Any]) -> None:
     """Print which of them are there, and what they cost."""
-    for each in find(cloud.client("ec2", settings["region"]), vpc_of(settings)):
+    for each in find(cloud.client("ec2", settings["region"]), network(settings)[0]):
         usd = USD * max(len(each.get("SubnetIds", [])), 1)
         print(
             f"Endpoint {each['VpcEndpointId']} of EMR: some {usd:.3f} USD an hour (this price is not confirmed), "
@@ -24,14 +24,14 @@ def tell(settings: dict[str, Any]) -> None:
 
 
 def remove(settings: dict[str, Any]) -> None:
-    """Delete them once the cluster has ended; if another cluster of the region is up, say so and keep them."""
-    ec2, vpc = cloud.client("ec2", settings["region"]), vpc_of(settings)
+    """Delete them once the cluster has ended; if another cluster is up in the network, say so and keep them."""
+    ec2, emr = (cloud.client(service, settings["region"]) for service in ("ec2", "emr"))
+    vpc, subnets = network(settings)
     if not find(ec2, vpc):
         return
     print("Waiting for the end of the cluster, some minutes, to delete the endpoint that EMR leaves behind", flush=True)
-    emr = cloud.client("emr", settings["region"])
-    while clusters := list_clusters(emr):
-        if up := sorted(each["Id"] for each in clusters if each["Status"]["State"] in cloud.UP):
+    while clusters := list_clusters(emr, subnets):
+        if up := sorted(name for name, state in clusters.items() if state in cloud.UP):
             print(f"It stays, and is paid for: {', '.join(up)} may need it. End that, then `make cloud-down` again.")
             return
         time.sleep(WAIT)
@@ -64,15 +64,21 @@ def find(ec2: Any, vpc: str) -> list[dict[str, Any]]:
     return [each for page in pages for each in page["VpcEndpoints"] if each["State"].lower() != "deleted"]
 
 
-def vpc_of(settings: dict[str, Any]) -> str:
-    """Return the id of the stack's network; one that no network has, if there is no stack."""
+def network(settings: dict[str, Any]) -> tuple[str, set[str]]:
+    """Return the id of the stack's network and those of its subnets; ids that nothing has, if there is no stack."""
     try:
-        return cloud.outputs(settings).get("Vpc", "none")
+        outputs = cloud.outputs(settings)
     except SystemExit:
-        return "none"
+        return "none", set()
+    return outputs.get("Vpc", "none"), set(outputs.get("Subnets", "").split(","))
 
 
-def list_clusters(emr: Any) -> list[dict[str, Any]]:
-    """List the clusters of the region that are up or ending."""
+def list_clusters(emr: Any, subnets: set[str]) -> dict[str, str]:
+    """Return the states of the clusters that are up or ending in those subnets, by their ids."""
     pages = emr.get_paginator("list_clusters").paginate(ClusterStates=[*cloud.UP, "TERMINATING"])
-    return [cluster for page in pages for cluster in page["Clusters"]]
+    clusters = {}
+    for cluster in (cluster for page in pages for cluster in page["Clusters"]):
+        where = emr.describe_cluster(ClusterId=cluster["Id"])["Cluster"].get("Ec2InstanceAttributes", {})
+        if subnets & {where.get("Ec2SubnetId"), *where.get("RequestedEc2SubnetIds", [])}:
+            clusters[cluster["Id"]] = cluster["Status"]["State"]
+    return clusters
