@@ -287,10 +287,10 @@ def linked_roles() -> set[str]:
 @pytest.mark.parametrize("serverless", [False, True])
 def test_up_makes_the_roles_that_emr_may_not_make(aws: None, serverless: bool) -> None:
     iam = boto3.client("iam", region_name=REGION)
-    services = [*infrastructure.LINKED, *([infrastructure.LINKED_SERVERLESS] if serverless else [])]
     iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com")  # as in an account that had spot instances before
-    infrastructure.link_roles(iam, services)
-    assert linked_roles() == set(services)
+    infrastructure.up(SETTINGS | {"parameters": SETTINGS["parameters"] | {"Serverless": str(serverless).lower()}})
+    services = {"spot", "ec2fleet", "elasticmapreduce", *(["ops.emr-serverless"] if serverless else [])}
+    assert linked_roles() == {f"{service}.amazonaws.com" for service in services}
 
 
 def test_a_role_of_aws_that_may_not_be_made_ends_it(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
