@@ -3,12 +3,14 @@
 A step that is accepted, or a job run, is run by spark-submit on this machine, on s3:// paths that Hadoop's own view file
 system maps to folders; these hold what the bucket holds when it starts, and the bucket gets what it wrote when it ends. What
 the stage said comes to the bucket as EMR's logs do. Real: the APIs' requests and answers, Spark, the stages, failures and
-signals. Not real: YARN, EMR's nodes and their start, S3A, IAM, spot.
+signals. Refused, as AWS does: a cluster in a network without EMR's ports, a second policy of a bucket, a role that is there.
+Not real: YARN, EMR's nodes and their start, S3A, IAM, spot. What IAM would allow, test_policies.py asks of AWS's own rules.
 """
 
 import gzip
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,18 +26,29 @@ from typing import Any
 import boto3
 import pytest
 from moto.backends import get_backend
+from moto.cloudformation.models import ChangeSet, CloudFormationBackend
+from moto.cloudformation.parsing import ResourceMap
+from moto.core.common_models import CloudFormationModel
 from moto.core.responses import ActionResult, BaseResponse
 from moto.core.utils import utcnow
+from moto.ec2 import ec2_backends
+from moto.ec2.models.route_tables import RouteTable
 from moto.emr import emr_backends
+from moto.emr.exceptions import ValidationException
 from moto.emr.models import Cluster, Step
 from moto.emr.responses import ElasticMapReduceResponse
 from moto.emrserverless import emrserverless_backends
 from moto.emrserverless.models import EMRServerlessBackend, JobRun
+from moto.iam.exceptions import InvalidInput
+from moto.iam.models import IAMBackend
+from moto.s3 import s3_backends
+from moto.s3.models import FakeBucket
 from moto.server import ThreadedMotoServer
 
 REGION, NAME, BUCKET = "eu-west-3", "fruits", "fruits-bucket"
 ROLE = "arn:aws:iam::123456789012:role/fruits"
 SECRET = "not-a-key-that-opens-anything"
+KEY_OF_AWS = "AKIAI44QH8DHBEXAMPLE"  # of what AWS itself does here, and the tests
 
 
 class Aws:
@@ -53,6 +66,8 @@ class Aws:
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         }
         self.commands: list[list[str]] = []  # what was run
+        self.read: set[tuple[str, str]] = set()  # by runs: bucket and key
+        self.written: set[tuple[str, str]] = set()
         self.is_plain = False  # run stages as plain Python, which takes no seconds; they find the buckets in the folder S3
         self.running: dict[str, subprocess.Popen[bytes]] = {}  # by the id of step or job run
         self.is_paused = False  # accept, but start nothing
@@ -61,7 +76,7 @@ class Aws:
         self.worker = threading.Thread(target=self.work, daemon=True)
 
     def client(self, service: str, region: str = REGION) -> Any:
-        keys = {"aws_access_key_id": "AKIAIOSFODNN7EXAMPLE", "aws_secret_access_key": SECRET}
+        keys = {"aws_access_key_id": KEY_OF_AWS, "aws_secret_access_key": SECRET}
         return boto3.client(service, region_name=region, endpoint_url=self.url, **keys)
 
     def fresh(self) -> None:
@@ -84,7 +99,8 @@ class Aws:
         }
         self.client("cloudformation").create_stack(StackName=NAME, TemplateBody=json.dumps(template))
         instances = {"KeepJobFlowAliveWhenNoSteps": True}
-        self.client("emr").run_job_flow(Name=NAME, LogUri=f"s3://{BUCKET}/logs/", Instances=instances)
+        tags = [{"Key": "project", "Value": NAME}]
+        self.client("emr").run_job_flow(Name=NAME, LogUri=f"s3://{BUCKET}/logs/", Instances=instances, Tags=tags)
 
     def clusters(self) -> list[Any]:
         return [
@@ -148,6 +164,7 @@ class Aws:
     def spark_submit(self, words: list[str], name: str, logs: str) -> int:
         """Run it on folders that hold what the buckets hold; the exit status."""
         self.commands.append(words)
+        places = [word.removeprefix("s3://") for word in words if word.startswith("s3://")]
         s3 = self.client("s3")
         buckets = [bucket["Name"] for bucket in s3.list_buckets()["Buckets"]]
         root = self.folder / name
@@ -159,6 +176,8 @@ class Aws:
                     (root / bucket / key).parent.mkdir(parents=True, exist_ok=True)
                     s3.download_file(bucket, key, str(root / bucket / key))
                     before.add((bucket, key))
+                    if f"{bucket}/{key}".startswith(tuple(places)):
+                        self.read.add((bucket, key))
         view = "spark.hadoop.fs.viewfs"
         conf = {
             "spark.hadoop.fs.s3.impl": "org.apache.hadoop.fs.viewfs.ViewFileSystemOverloadScheme",
@@ -202,6 +221,7 @@ class Aws:
             for path in (root / each).rglob("*"):
                 key = path.relative_to(root / each).as_posix()
                 if path.is_file() and not path.name.endswith(".crc") and (each, key) not in before:
+                    self.written.add((each, key))
                     s3.upload_file(str(path), each, key)
         shutil.rmtree(root)
         return status
@@ -262,6 +282,7 @@ def teach(patch: pytest.MonkeyPatch, played: Aws) -> None:
         return ActionResult({"Instances": [{"InstanceType": t, "Market": m, "Status": status} for t, m in nodes]})
 
     patch.setattr(ElasticMapReduceResponse, "list_instances", list_instances)
+    teach_accounts(patch)
 
     add_steps = Cluster.add_steps
 
@@ -301,3 +322,158 @@ def teach(patch: pytest.MonkeyPatch, played: Aws) -> None:
     patch.setattr(
         EMRServerlessBackend, "list_job_runs", lambda self, application_id, **_: self.job_runs.get(application_id, [])
     )
+
+
+def refuse_closed_ports(ec2: Any, instances: dict[str, Any], release: str) -> None:
+    """As EMR does: the service-access group must admit what reports to the service, by the release's port and way.
+
+    EMR's Management Guide, "EMR-managed security groups for the service access", and the release notes of emr-spark-8.0.0.
+    """
+    group = ec2.get_security_group_from_id(instances["ServiceAccessSecurityGroup"])
+    network, primary = ec2.get_vpc(group.vpc_id).cidr_block, instances["EmrManagedMasterSecurityGroup"]
+    major = int(re.search(r"\d+", release)[0])  # type: ignore[index]
+    port, source = (443, network) if major >= 8 else (9443, primary)
+    open_to = [
+        rule.ip_range.get("CidrIp") or rule.source_group.get("GroupId")
+        for rule in group.ingress_rules
+        if rule.ip_protocol == "tcp" and rule.from_port <= port <= rule.to_port
+    ]
+    if source not in open_to:
+        raise ValidationException(f"ServiceAccessSecurityGroup is missing ingress rule from {source} on port {port}")
+
+
+class BucketPolicy(CloudFormationModel):
+    """AWS::S3::BucketPolicy, which moto does not know. CloudFormation makes it for a bucket that has none.
+
+    It is not put in force: moto would refuse everything, as it reads no condition of a bucket's policy.
+    """
+
+    def __init__(self, bucket: str) -> None:
+        self.physical_resource_id = bucket
+
+    @staticmethod
+    def cloudformation_name_type() -> str:
+        return "Bucket"
+
+    @staticmethod
+    def cloudformation_type() -> str:
+        return "AWS::S3::BucketPolicy"
+
+    @classmethod
+    def create_from_cloudformation_json(
+        cls, resource_name: str, cloudformation_json: Any, account_id: str, region_name: str, **_: Any
+    ) -> "BucketPolicy":
+        properties = cloudformation_json["Properties"]
+        bucket = s3_backends[account_id]["aws"].buckets[properties["Bucket"]]
+        if "stacks_policy" in vars(bucket):
+            raise ValueError(f"The bucket policy already exists on bucket {bucket.name}.")
+        vars(bucket)["stacks_policy"] = properties["PolicyDocument"]
+        return cls(bucket.name)
+
+    @classmethod
+    def update_from_cloudformation_json(cls, original_resource: Any, *_: Any, **__: Any) -> Any:
+        return original_resource
+
+    def delete(self, account_id: str, region_name: str) -> None:
+        with suppress(KeyError):  # the bucket is deleted before its policy, now and then
+            del vars(s3_backends[account_id]["aws"].buckets[self.physical_resource_id])["stacks_policy"]
+
+
+class ServerlessApplication(CloudFormationModel):
+    """AWS::EMRServerless::Application, which moto makes by its own API only, and of no release with a hyphen in its name."""
+
+    def __init__(self, application: str) -> None:
+        self.physical_resource_id = application
+
+    @staticmethod
+    def cloudformation_name_type() -> str:
+        return "Name"
+
+    @staticmethod
+    def cloudformation_type() -> str:
+        return "AWS::EMRServerless::Application"
+
+    @classmethod
+    def create_from_cloudformation_json(
+        cls, resource_name: str, cloudformation_json: Any, account_id: str, region_name: str, **_: Any
+    ) -> "ServerlessApplication":
+        service: Any = emrserverless_backends[account_id][region_name]
+        made = service.create_application(resource_name, "emr-7.13.0", "SPARK", resource_name, *[None] * 6)
+        return cls(made.id)
+
+    @classmethod
+    def update_from_cloudformation_json(cls, original_resource: Any, *_: Any, **__: Any) -> Any:
+        return original_resource
+
+    def delete(self, account_id: str, region_name: str) -> None:
+        emrserverless_backends[account_id][region_name].delete_application(self.physical_resource_id)
+
+
+def teach_accounts(patch: pytest.MonkeyPatch) -> None:
+    """What moto does not know of what cloud-setup and cloud-up ask for, or knows otherwise than AWS."""
+
+    def apply(change: Any) -> None:
+        """With the outputs of a stack that is made by a change set; what fails is rolled back."""
+        stack = change.stack
+        if change.change_set_type == "UPDATE":
+            stack.update(change.template, parameters=change.parameters)
+            return
+        stack.template, stack.parameters = change.template, change.parameters
+        stack._parse_template()
+        stack.resource_map = stack._create_resource_map()
+        try:
+            stack.resource_map.create(stack.template_dict)
+        except Exception as error:
+            change.failure = error
+            delete_resources(stack.resource_map, kept=("Retain",))
+        else:
+            stack.output_map = stack._create_output_map()
+
+    def execute_change_set(self: Any, change_set_name: str, stack_name: str | None = None) -> None:
+        (change,) = [each for each in self.change_sets.values() if each.change_set_name == change_set_name]
+        execute(self, change_set_name, stack_name)
+        if failure := getattr(change, "failure", None):
+            change.stack._add_stack_event("CREATE_FAILED", resource_status_reason=str(failure))
+            change.stack._add_stack_event("ROLLBACK_COMPLETE")
+            change.stack.status = "ROLLBACK_COMPLETE"
+
+    def delete_resources(self: Any, kept: tuple[str, ...] = ("Retain", "RetainExceptOnCreate")) -> None:
+        every = self._resource_json_map
+        self._resource_json_map = {name: each for name, each in every.items() if each.get("DeletionPolicy") not in kept}
+        delete(self)
+        self._resource_json_map = every
+
+    def delete_route_table(table: Any, *_: str) -> None:
+        table.associations.clear()
+        table.ec2_backend.delete_route_table(table.id)
+
+    def take_in_or_make(
+        cls: Any, resource_name: str, cloudformation_json: Any, account_id: str, *rest: Any, **more: Any
+    ) -> Any:
+        known = s3_backends[account_id]["aws"].buckets
+        return known.get(resource_name) or make(resource_name, cloudformation_json, account_id, *rest, **more)
+
+    def create_service_linked_role(self: Any, service_name: str, description: str, suffix: str) -> Any:
+        if any(f"/{service_name}/" in role.path for role in self.roles.values()):
+            raise InvalidInput(
+                f"Service role name of {service_name} has been taken in this account, please try a different suffix."
+            )
+        return link(self, service_name, description, suffix)
+
+    def run_where_nodes_can_report(self: Any) -> ActionResult:
+        instances = self._get_param("Instances") or {}
+        if "ServiceAccessSecurityGroup" in instances:
+            ec2 = ec2_backends[self.current_account][self.region]
+            refuse_closed_ports(ec2, instances, self._get_param("ReleaseLabel"))
+        return run_job_flow(self)
+
+    run_job_flow = ElasticMapReduceResponse.run_job_flow
+    execute, delete = CloudFormationBackend.execute_change_set, ResourceMap.delete
+    make, link = FakeBucket.create_from_cloudformation_json, IAMBackend.create_service_linked_role
+    patch.setattr(ChangeSet, "apply", apply)
+    patch.setattr(CloudFormationBackend, "execute_change_set", execute_change_set)
+    patch.setattr(ResourceMap, "delete", delete_resources)
+    patch.setattr(RouteTable, "delete", delete_route_table, raising=False)
+    patch.setattr(FakeBucket, "create_from_cloudformation_json", classmethod(take_in_or_make))
+    patch.setattr(IAMBackend, "create_service_linked_role", create_service_linked_role)
+    patch.setattr(ElasticMapReduceResponse, "run_job_flow", run_where_nodes_can_report)

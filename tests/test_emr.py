@@ -22,7 +22,8 @@ from moto.emr.responses import ElasticMapReduceResponse
 
 from bootstrap import remote, submit
 from bootstrap.aws import bucket, cloud, emr, serverless
-from tests.aws import BUCKET, REGION, SECRET, Aws, aws, keys
+from tests import iam
+from tests.aws import BUCKET, KEY_OF_AWS, REGION, ROLE, SECRET, Aws, aws, keys
 from tests.helpers import ROOT, SPARK_STAGES, forget, run
 
 SERVICES: dict[str, Any] = {"emr": emr.Cluster, "emr-serverless": serverless.Application}
@@ -52,6 +53,18 @@ if what == "hang":
 def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
     with aws(tmp_path_factory.mktemp("aws")) as played:
         yield played
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever starts stages: each call of theirs is one that LauncherPolicy allows, but for other buckets than ours."""
+    made: list[iam.Call] = []
+    iam.record(monkeypatch, made, but_by=KEY_OF_AWS)
+    yield
+    policy = iam.policy("LauncherPolicy", iam.values(BUCKET, ServerlessRole=ROLE))
+    wanted = {each for call in made for each in iam.needed(call, roles={})}
+    ours = [each for each in wanted if not each.action.startswith("s3:") or f":::{BUCKET}" in each.resource]
+    assert [str(each) for each in ours if not iam.is_allowed(each, policy)] == []
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """infrastructure.yaml and infrastructure.py: what the template allows and forbids, and what is made, kept and deleted."""
 
-import fnmatch
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,15 @@ import boto3
 import botocore.client
 import pytest
 import yaml
+from botocore.exceptions import ClientError
 from moto import mock_aws
-from moto.cloudformation.models import ChangeSet
-from moto.ec2.models.route_tables import RouteTable
+from moto.iam.exceptions import InvalidInput
+from moto.iam.models import IAMBackend, Role
 
-from bootstrap.aws import cloud, infrastructure, residency
+from bootstrap.aws import cloud, cluster, endpoint, infrastructure, residency
+from tests.aws import teach_accounts
 from tests.helpers import ROOT
+from tests.iam import Template
 
 SETTINGS = cloud.settings()
 REGION = SETTINGS["region"]
@@ -25,6 +28,7 @@ OUTPUTS = {
     "ServiceRole",
     "InstanceProfile",
     "SecurityConfiguration",
+    "Vpc",
     "Subnets",
     "PrimarySecurityGroup",
     "CoreSecurityGroup",
@@ -34,20 +38,6 @@ OUTPUTS = {
 }
 
 
-class Template(yaml.SafeLoader):
-    """YAML with CloudFormation's tags, which become their arguments: enough to look at."""
-
-
-Template.add_multi_constructor(
-    "!",
-    lambda loader, tag, node: (
-        loader.construct_scalar(node)
-        if isinstance(node, yaml.ScalarNode)
-        else loader.construct_sequence(node, deep=True)
-        if isinstance(node, yaml.SequenceNode)
-        else loader.construct_mapping(node, deep=True)
-    ),
-)
 TEMPLATE = yaml.load(infrastructure.TEMPLATE.read_text(), Template)
 RESOURCES = TEMPLATE["Resources"]
 
@@ -101,10 +91,9 @@ def test_what_is_deleted_by_mistake_can_be_had_back_and_nobody_from_outside_can_
     assert bucket["OwnershipControls"] == {"Rules": [{"ObjectOwnership": "BucketOwnerEnforced"}]}
 
 
-def test_data_outlives_the_stack_and_so_does_what_protects_it() -> None:
-    assert {name for name, resource in RESOURCES.items() if resource.get("DeletionPolicy") == "Retain"} == {
-        "Bucket",
-        "BucketPolicy",
+def test_of_the_stack_only_data_outlives_it() -> None:
+    assert {name: each["DeletionPolicy"] for name, each in RESOURCES.items() if "DeletionPolicy" in each} == {
+        "Bucket": "RetainExceptOnCreate"
     }
 
 
@@ -144,25 +133,11 @@ def statements_of_endpoint() -> dict[str, dict[str, Any]]:
     }
 
 
-def test_emr_8_can_start_in_the_private_subnets() -> None:
-    """The buckets that AWS's documentation lists for emr-spark-8.0.0 in a private subnet."""
-    resources = [r for s in statements_of_endpoint().values() for r in as_list(s["Resource"])]
-    found = [r.replace("${AWS::Partition}", "aws").replace("${AWS::Region}", REGION) for r in resources]
-    for bucket in (
-        "al2023-repos-eu-west-3-de612dc2",
-        "repo.eu-west-3.emr.amazonaws.com",
-        "aws157-instance-data-0-prod-eu-west-3",
-        "aws157-instance-data-1-prod-eu-west-3",
-        "aws157-logs-prod-eu-west-3",
-        "prod.eu-west-3.appinfo.src",
-    ):
-        assert f"arn:aws:s3:::{bucket}/*" in found
-
-
 def test_nobody_comes_in_from_outside() -> None:
-    assert not [p for p in properties("AWS::EC2::SecurityGroupIngress").values() if "CidrIp" in p]
     rules = [rule for p in properties("AWS::EC2::SecurityGroup").values() for rule in p.get("SecurityGroupIngress", [])]
-    assert [rule["CidrIp"] for rule in rules] == ["Vpc.CidrBlock"]
+    rules += properties("AWS::EC2::SecurityGroupIngress").values()
+    assert {rule["CidrIp"] for rule in rules if "CidrIp" in rule} == {"Vpc.CidrBlock"}
+    assert len(rules) == 3
 
 
 def test_what_emr_works_in_carries_the_tag_of_its_policy() -> None:
@@ -171,55 +146,21 @@ def test_what_emr_works_in_carries_the_tag_of_its_policy() -> None:
     assert [name for name in wanted if tag not in RESOURCES[name]["Properties"]["Tags"]] == []
 
 
-def test_the_primary_node_can_report_to_emr() -> None:
-    """Without it managed scaling does nothing: EMR writes all rules but this into groups that are ours."""
-    rule = RESOURCES["PrimaryReports"]["Properties"]
-    assert (rule["GroupId"], rule["SourceSecurityGroupId"]) == ("ServiceAccessSecurityGroup", "PrimarySecurityGroup")
-    assert (rule["FromPort"], rule["ToPort"]) == (9443, 9443)
+# The rules that EMR does not write into groups that are ours, by release: its Management Guide, "Working with EMR-managed
+# security groups", and the release notes of emr-spark-8.0.0, "VPC endpoint for EMR cluster communication".
+PORTS = {
+    "emr-7.13.0": (9443, "SourceSecurityGroupId", "PrimarySecurityGroup"),
+    "emr-spark-8.0.0": (443, "CidrIp", "Vpc.CidrBlock"),
+}
 
 
-@pytest.mark.parametrize(
-    ("action", "key", "allowed"),
-    [
-        ("s3:GetObject", "bootstrap/0123/install.sh", True),
-        ("s3:PutObject", "bootstrap/0123/install.sh", False),
-        ("s3:GetObject", "dvc/files/md5/ab/cd", True),
-        ("s3:PutObject", "dvc/files/md5/ab/cd", False),
-        ("s3:DeleteObject", "dvc/files/md5/ab/cd", False),
-        ("s3:PutObject", "staging/runs/1/part-00000.parquet", True),
-        ("s3:DeleteObject", "staging/runs/1/part-00000.parquet", True),
-        ("s3:PutObject", "feature-cache/x", True),
-        ("s3:PutObject", "logs/j-1/steps/s-1/stderr.gz", True),
-        ("s3:PutObject", "elsewhere", False),
-    ],
-)
-def test_a_job_may_write_where_it_has_to(action: str, key: str, allowed: bool) -> None:
-    found = [
-        True
-        for statement in statements("JobPolicy").values()
-        for resource in as_list(statement["Resource"])
-        if action in as_list(statement["Action"]) and fnmatch.fnmatch(f"${{Bucket.Arn}}/{key}", resource.replace("[", "[[]"))
+@pytest.mark.parametrize("release", SETTINGS["releases"])
+def test_nodes_can_report_to_emr(release: str) -> None:
+    port, way, source = PORTS[release]
+    rules = [rule for rule in properties("AWS::EC2::SecurityGroupIngress").values() if rule.get(way) == source]
+    assert [(rule["GroupId"], rule["IpProtocol"], rule["FromPort"], rule["ToPort"]) for rule in rules] == [
+        ("ServiceAccessSecurityGroup", "tcp", port, port)
     ]
-    assert bool(found) is allowed
-
-
-def test_the_launcher_may_do_what_the_scripts_call() -> None:
-    allowed = [action for s in statements("LauncherPolicy").values() for action in as_list(s["Action"])]
-    for action in (
-        "cloudformation:DescribeStacks",
-        "s3:GetBucketLocation",
-        "s3:GetReplicationConfiguration",
-        "s3:PutObject",
-        "elasticmapreduce:RunJobFlow",
-        "elasticmapreduce:AddJobFlowSteps",
-        "elasticmapreduce:CancelSteps",
-        "elasticmapreduce:DescribeStep",
-        "elasticmapreduce:ListInstances",
-        "elasticmapreduce:TerminateJobFlows",
-        "emr-serverless:StartJobRun",
-        "iam:PassRole",
-    ):
-        assert [pattern for pattern in allowed if fnmatch.fnmatch(action, pattern)], action
 
 
 def test_no_policy_of_ours_allows_all_of_a_service() -> None:
@@ -239,25 +180,8 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(infrastructure, "WAIT", 0)
     monkeypatch.setattr(residency, "require", lambda region, buckets: None)
 
-    def apply(change: Any) -> None:
-        """What moto leaves out: the outputs of a stack that is made by a change set."""
-        stack = change.stack
-        if change.change_set_type == "UPDATE":
-            stack.update(change.template, parameters=change.parameters)
-            return
-        stack.template, stack.parameters = change.template, change.parameters
-        stack._parse_template()
-        stack.resource_map = stack._create_resource_map()
-        stack.resource_map.create(stack.template_dict)
-        stack.output_map = stack._create_output_map()
-
-    def delete(table: Any, *_: str) -> None:
-        """What moto leaves out: to delete a route table with its stack."""
-        table.associations.clear()
-        table.ec2_backend.delete_route_table(table.id)
-
-    monkeypatch.setattr(ChangeSet, "apply", apply)
-    monkeypatch.setattr(RouteTable, "delete", delete, raising=False)
+    monkeypatch.setattr(endpoint, "WAIT", 0)
+    teach_accounts(monkeypatch)
     with mock_aws():
         yield
 
@@ -274,9 +198,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
     monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", record)
     return made
-
-
-pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS..S3..BucketPolicy")
 
 
 def test_up_makes_the_stack_and_prints_its_outputs(aws: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -330,6 +251,79 @@ def test_the_bucket_of_an_earlier_stack_is_taken_back_in(aws: None, calls: list[
     infrastructure.main(["up"])
     (change,) = [arguments for operation, arguments in calls if operation == "CreateChangeSet"]
     assert change["ImportExistingResources"] is True
+
+
+def test_after_a_deletion_it_can_be_made_again(aws: None) -> None:
+    infrastructure.main(["up"])
+    bucket = cloud.outputs(SETTINGS)["Bucket"]
+    boto3.client("s3", region_name=REGION).put_object(Bucket=bucket, Key="dvc/x", Body=b"data")
+    infrastructure.main(["down", "--yes"])
+    infrastructure.main(["up"])
+    assert boto3.client("s3", region_name=REGION).get_object(Bucket=bucket, Key="dvc/x")["Body"].read() == b"data"
+
+
+def test_a_first_attempt_that_fails_leaves_nothing_in_the_way_of_the_second(
+    aws: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("not authorized to perform iam:CreateRole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Role, "create_from_cloudformation_json", refuse)
+        with pytest.raises(SystemExit, match="stack fruits in eu-west-3 is ROLLBACK_COMPLETE"):
+            infrastructure.main(["up"])
+    assert "not authorized to perform iam:CreateRole" in capsys.readouterr().out
+    assert boto3.client("s3", region_name=REGION).list_buckets()["Buckets"] == []
+    infrastructure.main(["up"])
+    assert set(cloud.outputs(SETTINGS)) == OUTPUTS
+
+
+def linked_roles() -> set[str]:
+    """Of which services the account has the role."""
+    roles = boto3.client("iam", region_name=REGION).list_roles()["Roles"]
+    return {role["Path"].split("/")[2] for role in roles if role["Path"].startswith("/aws-service-role/")}
+
+
+@pytest.mark.parametrize("serverless", [False, True])
+def test_up_makes_the_roles_that_emr_may_not_make(aws: None, serverless: bool) -> None:
+    iam = boto3.client("iam", region_name=REGION)
+    iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com")  # as in an account that had spot instances before
+    infrastructure.up(SETTINGS | {"parameters": SETTINGS["parameters"] | {"Serverless": str(serverless).lower()}})
+    services = {"spot", "ec2fleet", "elasticmapreduce", *(["ops.emr-serverless"] if serverless else [])}
+    assert linked_roles() == {f"{service}.amazonaws.com" for service in services}
+
+
+def test_a_role_of_aws_that_may_not_be_made_ends_it(aws: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise InvalidInput("AWS service name is unknown")
+
+    monkeypatch.setattr(IAMBackend, "create_service_linked_role", refuse)
+    with pytest.raises(ClientError, match="is unknown"):
+        infrastructure.main(["up"])
+
+
+@pytest.mark.parametrize(
+    ("release", "closed", "refused"),
+    [
+        ("emr-spark-8.0.0", "none", False),
+        ("emr-7.13.0", "none", False),
+        ("emr-spark-8.0.0", "443", True),
+        ("emr-7.13.0", "9443", True),
+    ],
+)
+def test_the_played_emr_refuses_a_network_in_which_nodes_cannot_report(
+    aws: None, release: str, closed: str, refused: bool
+) -> None:
+    infrastructure.main(["up"])
+    outputs, ec2 = cloud.outputs(SETTINGS), boto3.client("ec2", region_name=REGION)
+    group = outputs["ServiceAccessSecurityGroup"]
+    (found,) = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
+    rules = [rule for rule in found["IpPermissions"] if str(rule["FromPort"]) == closed]
+    if rules:
+        ec2.revoke_security_group_ingress(GroupId=group, IpPermissions=rules)
+    emr = boto3.client("emr", region_name=REGION)
+    with pytest.raises(ClientError, match=f"missing ingress rule .* on port {closed}") if refused else nullcontext():
+        emr.run_job_flow(**cluster.request(SETTINGS, outputs, release))
 
 
 def test_up_looks_at_residency_before_it_sends_anything(
@@ -430,6 +424,21 @@ def test_down_removes_what_emr_has_added_to_the_network(aws: None, calls: list[t
     infrastructure.main(["down", "--yes"])
     operations = [operation for operation, _ in calls]
     assert operations.index("DescribeVpcEndpoints") < operations.index("DeleteStack"), "else the stack could not be deleted"
+
+
+def test_down_stops_the_serverless_application_and_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(infrastructure, "WAIT", 0)
+    states, asked = ["STARTING", "STARTED", "STARTED", "STOPPING", "STOPPED"], []
+
+    class Serverless:
+        def get_application(self, applicationId: str) -> dict[str, Any]:
+            return {"application": {"state": states.pop(0)}}
+
+        def stop_application(self, applicationId: str) -> None:
+            asked.append((applicationId, len(states)))
+
+    infrastructure.stop_application(Serverless(), "a-1")
+    assert (asked, states) == ([("a-1", 3)], [])
 
 
 def assert_only_ours(ec2: Any, primary: str, core: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from bootstrap.aws import cloud, cost, residency, wheelhouse
+from bootstrap.aws import cloud, cost, endpoint, residency, wheelhouse
 
 
 def main(argv: list[str]) -> None:
@@ -28,8 +28,10 @@ def main(argv: list[str]) -> None:
         up(emr, settings, arguments.release)
     elif arguments.command == "status":
         status(emr, settings)
+        endpoint.tell(settings)
     else:
         down(emr, settings, arguments.yes)
+        endpoint.remove(settings)
 
 
 def up(emr: Any, settings: dict[str, Any], release: str) -> None:

@@ -13,10 +13,13 @@ from typing import Any
 
 from botocore.exceptions import ClientError
 
-from bootstrap.aws import cloud, residency
+from bootstrap.aws import cloud, endpoint, residency
 
 TEMPLATE = Path(__file__).with_name("infrastructure.yaml")
 WAIT = 3  # seconds between two requests
+# Whose service-linked roles a cluster with spot nodes needs. EMR's own role may not make them.
+LINKED = ("spot.amazonaws.com", "ec2fleet.amazonaws.com", "elasticmapreduce.amazonaws.com")
+LINKED_SERVERLESS = "ops.emr-serverless.amazonaws.com"
 
 
 def main(argv: list[str]) -> None:
@@ -66,6 +69,8 @@ def up(settings: dict[str, Any]) -> None:
         end = follow(cloudformation, made["StackId"], seen)
         if end not in ("CREATE_COMPLETE", "UPDATE_COMPLETE", "IMPORT_COMPLETE"):
             raise SystemExit(f"infrastructure: stack {name} in {region} is {end}; the reason is above, where it says FAILED")
+    serverless = settings["parameters"].get("Serverless") == "true"
+    link_roles(cloud.client("iam", region), [*LINKED, *([LINKED_SERVERLESS] if serverless else [])])
     outputs = cloud.outputs(settings)
     print("\n".join(f"{key:28} {value}" for key, value in sorted(outputs.items())))
     if not cloud.client("ec2", region).get_ebs_encryption_by_default()["EbsEncryptionByDefault"]:
@@ -99,6 +104,8 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         )
     if not yes and not cloud.confirm(f"Delete stack {name} in {region}: network, roles, everything but the bucket?"):
         raise SystemExit("infrastructure: nothing deleted")
+    if application := outputs.get("ServerlessApplication"):
+        stop_application(cloud.client("emr-serverless", region), application)
     remove_additions_of_emr(cloud.client("ec2", region), outputs)
     seen = event_ids(cloudformation, stack["StackId"])
     cloudformation.delete_stack(StackName=name)
@@ -111,6 +118,32 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         print(f'  .venv/bin/python -c "import boto3; {deletion}"')
 
 
+def link_roles(iam: Any, services: list[str]) -> None:
+    """Make the roles by which these services of AWS act in the account, once in an account's life; they cost nothing."""
+    for service in services:
+        try:
+            role = iam.create_service_linked_role(AWSServiceName=service)["Role"]["RoleName"]
+        except ClientError as error:
+            if "has been taken" not in str(error):
+                raise
+        else:
+            print(f"Made the role {role}, of {service}")
+
+
+def stop_application(serverless: Any, application: str) -> None:
+    """Stop the application, and wait for it: for a quarter of an hour after a job run, CloudFormation cannot delete it."""
+    is_told = False
+    while (state := serverless.get_application(applicationId=application)["application"]["state"]) in (
+        "STARTING",
+        "STARTED",
+        "STOPPING",
+    ):
+        if state == "STARTED" and not is_told:
+            serverless.stop_application(applicationId=application)
+            is_told = True
+        time.sleep(WAIT)
+
+
 def remove_additions_of_emr(ec2: Any, outputs: Mapping[str, str]) -> None:
     """Delete what EMR has added to our network: its own endpoint, and rules by which security groups name one another.
 
@@ -120,13 +153,7 @@ def remove_additions_of_emr(ec2: Any, outputs: Mapping[str, str]) -> None:
     if not groups:
         return
     found = ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"]
-    ours = [
-        {"Name": "vpc-id", "Values": [found[0]["VpcId"]]},
-        {"Name": "tag:Name", "Values": ["emr-service-vpce"]},
-    ]
-    endpoints = [endpoint["VpcEndpointId"] for endpoint in ec2.describe_vpc_endpoints(Filters=ours)["VpcEndpoints"]]
-    if endpoints:
-        ec2.delete_vpc_endpoints(VpcEndpointIds=endpoints)
+    endpoint.delete(ec2, found[0]["VpcId"])
     for group in found:
         if group["IpPermissions"]:
             ec2.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=group["IpPermissions"])
