@@ -62,7 +62,7 @@ def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     for module in (remote, bucket):
         monkeypatch.setattr(module, "SECONDS", 0.05)
     monkeypatch.setattr(remote, "LOG_SECONDS", 0.2)
-    monkeypatch.setattr(remote, "LOG_SECONDS_OF_FAILURE", 0.2)
+    monkeypatch.setattr(serverless, "BILL_SECONDS", 0.2)
     monkeypatch.chdir(tmp_path)
     played.fresh()
     played.is_plain, played.is_paused = True, False
