@@ -345,7 +345,7 @@ def teach_quotas(patch: pytest.MonkeyPatch, quotas: dict[str, float]) -> None:
         units = {"MASTER": 0, "CORE": 0, "TASK": 0} | {
             each["InstanceFleetType"]: each.get("TargetOnDemandCapacity", 0) for each in fleets
         }
-        answer = run(self)
+        answer: Any = run(self)
         if 4 * sum(units.values()) > quotas["L-1216C47A"]:
             cluster = self.backend.clusters[answer.result["JobFlowId"]]
             cluster.state, cluster.last_state_change_reason = (

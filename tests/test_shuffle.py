@@ -93,7 +93,7 @@ def test_yarns_shuffle_service_takes_executors_that_authenticate_themselves(tmp_
 
 
 def test_executors_that_cannot_start_end_the_stage(spark: Any) -> None:
-    """By Spark's own reading, with the dynamic allocation that EMR turns on: without the limit it is about the largest int."""
+    """By Spark's own reading, with EMR's dynamic allocation, for which its own limit is about the largest number."""
     jvm = spark.sparkContext._jvm
     conf = jvm.org.apache.spark.SparkConf(False)
     conf.set("spark.dynamicAllocation.enabled", "true").set("spark.shuffle.service.enabled", "true")
