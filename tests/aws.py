@@ -141,7 +141,9 @@ class Aws:
         assert isinstance(conf, str)
         assert isinstance(file, str)
         assert isinstance(monitoring, dict)
-        assert not set(conf) & set("'\"\\"), "AWS's examples have no quotes; what it makes of them is not documented"
+        if set(conf) & set("'\"\\"):  # AWS's examples have none; what it makes of them is not documented
+            run.state, run.state_details = "FAILED", f"Job failed, quotes in the settings: {conf}"
+            return
         words = [*shlex.split(conf), file, *driver["entryPointArguments"]]
         where = monitoring["s3MonitoringConfiguration"]["logUri"]
         logs = f"{where}applications/{run.application_id}/jobs/{run.id}/SPARK_DRIVER"
