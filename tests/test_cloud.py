@@ -1,6 +1,7 @@
 """tests/cloud.py, the test in a real account, against AWS as tests/aws.py plays it: it must leave nothing that costs."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from bootstrap.aws import cloud, cost
 from tests import cloud as trial
 from tests.aws import Aws, aws
-from tests.helpers import SPARK_STAGES
+from tests.helpers import ROOT, SPARK_STAGES, run
 
 NAME, BUCKET = "fruits-test", "fruits-test-bucket"
 
@@ -151,9 +152,19 @@ def test_another_lock_than_here_is_a_failure(there: Aws, commands: list[str], mo
 
 @pytest.mark.slow
 def test_with_real_stages_it_ends_with_the_lock_of_the_run_here(
-    there: Aws, run_once: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    there: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but the stack, the wheelhouse and the check is done as in a real account; these have tests of their own."""
+    commit = tmp_path / "commit"
+    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
+        if (ROOT / name).is_file():
+            (commit / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, commit / name)
+    run("git", "init", "--quiet", cwd=commit)
+    run("make", "identity", cwd=commit)
+    run("git", "add", "--all", cwd=commit)
+    run("git", "commit", "--quiet", "-m", "First", cwd=commit)
+    monkeypatch.setattr(trial, "ROOT", commit)
     carry_out = trial.call
 
     def call(*command: str, cwd: Path, **environment: str) -> None:
@@ -168,7 +179,6 @@ def test_with_real_stages_it_ends_with_the_lock_of_the_run_here(
             carry_out(*command, cwd=cwd, **environment)
 
     monkeypatch.setattr(trial, "call", call)
-    monkeypatch.setattr(trial, "ROOT", run_once)
     monkeypatch.setenv("SPARK_MASTER", "local[2]")
     monkeypatch.setenv("SPARK_DRIVER_MEMORY", "1g")
     assert trial.main(["--yes"]) == 0

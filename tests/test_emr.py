@@ -460,6 +460,14 @@ def test_a_job_run_gets_its_settings_without_quotes(there: Aws) -> None:
     assert conf.split() == words  # so no value has a blank
 
 
+def test_a_setting_that_would_need_quotes_is_refused(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATURE_CACHE", f"s3://{BUCKET}/my cache")
+    with pytest.raises(
+        SystemExit, match=r"no setting with a blank or a quote in it: spark\.featurize\.cache=s3://fruits-bucket/my"
+    ):
+        call("emr-serverless")
+
+
 def test_no_key_is_on_a_command_line_or_in_the_bucket(there: Aws) -> None:
     with pytest.raises(SystemExit):
         call(what="fail")

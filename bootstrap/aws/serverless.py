@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -40,6 +41,8 @@ class Application:
 
     def start(self, name: str, settings: Mapping[str, str], words: list[str]) -> str:
         conf = {**self.conf, **settings}
+        if wrong := [f"{key}={value}" for key, value in conf.items() if re.search(r"[\s'\"\\]", value)]:
+            raise SystemExit(f"submit: EMR Serverless takes no setting with a blank or a quote in it: {', '.join(wrong)}")
         # Two requests with one token start one run, also if the first answer was lost.
         token = hashlib.sha256(f"{name} {len(self._runs(name))}".encode()).hexdigest()
         run = self.emr.start_job_run(
