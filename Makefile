@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help run app page add look report compare verify experiments bench test test-slow test-release lint lock cache-info cache-clear \
-  remote residency cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
+  remote residency cloud-setup wheelhouse cloud-check cloud-up cloud-status cloud-down cloud-delete cloud-test check identity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ cloud-setup: .venv/run ## on AWS: bucket, network and roles, in the region of bo
 wheelhouse: .venv/run ## on AWS: Python for the nodes of a cluster; RELEASE=emr-7.13.0 for another release than the default
 	@python -m bootstrap.aws.wheelhouse $(if $(RELEASE),--release $(RELEASE))
 
+cloud-check: .venv/run ## on AWS: whether a cluster could start, ten lines; stops at the first thing that is wrong
+	@python -m bootstrap.aws.check $(if $(RELEASE),--release $(RELEASE))
+
 cloud-up: .venv/run ## on AWS: rent the cluster of bootstrap/aws/cluster.yaml; says what it costs
 	@python -m bootstrap.aws.cluster up $(if $(RELEASE),--release $(RELEASE))
 
@@ -113,6 +116,9 @@ cloud-down: .venv/run ## on AWS: give the cluster back
 
 cloud-delete: .venv/run ## on AWS: delete what cloud-setup made, but not the bucket
 	@python -m bootstrap.aws.infrastructure down
+
+cloud-test: .venv/dev identity ## on AWS: 60 images through all of it, in a stack of its own, which it deletes; costs some EUR, asks first
+	@python -m tests.cloud
 
 identity: # DVC's experiments are commits, and git makes none of nobody
 	@git config user.email > /dev/null || { git config user.name "$${USER:-nobody}" && git config user.email "$${USER:-nobody}@localhost" \

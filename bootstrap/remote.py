@@ -23,8 +23,9 @@ from bootstrap import runtime
 from bootstrap.job import Job, Outcome, digest_of
 
 SECONDS = 5  # between two looks at a run
-LOG_SECONDS = 60  # to wait for the log of a run that ended well
-LOG_SECONDS_OF_FAILURE = 360  # and of one that failed; EMR brings it to S3 within five minutes
+# To wait for the log of a run that failed; EMR brings it to S3 within five minutes. That of a run that ended well is not
+# waited for: the cluster would be paid for meanwhile.
+LOG_SECONDS = 360
 LINES = 20  # of the end of a log
 LOGGED = re.compile(r"\d\d[/:]\d\d[/:]\d\d.* (INFO|WARN) ")  # Spark's own lines
 
@@ -130,7 +131,7 @@ class Remote:
         self.storage.fetch(key, partial)
         if look.is_sound:
             return Outcome(0, functools.partial(self._settle, job, run, key, look.logs))
-        stderr = self.storage.read_log(look.logs, "stderr", LOG_SECONDS_OF_FAILURE)
+        stderr = self.storage.read_log(look.logs, "stderr", LOG_SECONDS)
         hints = [hint for sign, hint in self.hints.items() if sign in stderr]
         reason = " ".join([f"{run} is {look.state}.", look.reason, *hints])
         print(last_lines(stderr), file=sys.stderr)
@@ -140,14 +141,22 @@ class Remote:
         """Keep the output there as an input of later stages, tidy up, print the stage's log, and return what it took."""
         with self.errors():
             self.storage.adopt(key, Path(job.output))
-            took = self.service.bill(run)
             self.storage.delete(key)
-            said = self.storage.read_log(logs, "stdout", LOG_SECONDS)
+            said = self.storage.read_log(logs, "stdout", 0)
         print(
-            said or f"submit: the log of {job.name} has not come within {LOG_SECONDS} s; it will be in {logs}/stdout.gz",
+            said or f"submit: the log of {job.name} is on its way; within five minutes it will be in {logs}/stdout.gz",
             end="" if said else "\n",
         )
-        return took
+        return self._bill(job, run)
+
+    def _bill(self, job: Job, run: str) -> Mapping[str, Any]:
+        """Return what the run took; if that cannot be known, say why and return nothing: the output is published already."""
+        try:
+            with self.errors():
+                return self.service.bill(run)
+        except (Exception, SystemExit) as error:
+            say(job, f"what it took and cost is not known: {error!r}")
+            return {}
 
     def _name(self, job: Job, sources: list[str]) -> tuple[str, str]:
         """Return a name that follows from all that the run depends on, and the key that it writes to."""

@@ -140,7 +140,7 @@ def record(job: Job, took: Mapping[str, Any]) -> None:
 def estimate(job: Job, cores: int) -> float | None:
     """Estimate the seconds of work of the stage on so many cores, from what it took last; None if it never ran."""
     last = next((stage for stage in read_record() if stage["stage"] == job.name), {})
-    if not last.get("images"):
+    if not last.get("images") or "seconds" not in last:
         return None
     return float(last["seconds"] * last["cores"] / cores * count_images(job.inputs) / last["images"])
 

@@ -7,6 +7,7 @@ signals. Refused, as AWS does: a cluster in a network without EMR's ports, a sec
 Not real: YARN, EMR's nodes and their start, S3A, IAM, spot. What IAM would allow, test_policies.py asks of AWS's own rules.
 """
 
+import functools
 import gzip
 import json
 import os
@@ -44,11 +45,15 @@ from moto.iam.models import IAMBackend
 from moto.s3 import s3_backends
 from moto.s3.models import FakeBucket
 from moto.server import ThreadedMotoServer
+from moto.servicequotas.exceptions import NoSuchResource
+from moto.servicequotas.models import ServiceQuotasBackend
+from moto.servicequotas.responses import ServiceQuotasResponse
 
 REGION, NAME, BUCKET = "eu-west-3", "fruits", "fruits-bucket"
 ROLE = "arn:aws:iam::123456789012:role/fruits"
 SECRET = "not-a-key-that-opens-anything"
 KEY_OF_AWS = "AKIAI44QH8DHBEXAMPLE"  # of what AWS itself does here, and the tests
+PLENTY = {"L-1216C47A": 64.0, "L-34B43A08": 64.0, "L-D05C8A75": 128.0}  # vCPUs on demand, on spot, of EMR Serverless
 
 
 class Aws:
@@ -71,6 +76,8 @@ class Aws:
         self.is_plain = False  # run stages as plain Python, which takes no seconds; they find the buckets in the folder S3
         self.running: dict[str, subprocess.Popen[bytes]] = {}  # by the id of step or job run
         self.is_paused = False  # accept, but start nothing
+        self.quotas: dict[str, float] = {}
+        self.bill_seconds = self.log_seconds = 0.0  # after the end of a run, until the bill and the logs are there
         self.at_work = threading.Lock()
         self.is_over = threading.Event()
         self.worker = threading.Thread(target=self.work, daemon=True)
@@ -89,6 +96,8 @@ class Aws:
         for service in ("s3", "emr", "emr-serverless", "cloudformation"):
             get_backend(service).reset()
         self.commands.clear()
+        self.bill_seconds = self.log_seconds = 0.0
+        self.quotas |= PLENTY
         application = self.client("emr-serverless").create_application(
             name=NAME, releaseLabel="emr-7.13.0", type="SPARK", clientToken=NAME
         )
@@ -148,6 +157,9 @@ class Aws:
         assert isinstance(conf, str)
         assert isinstance(file, str)
         assert isinstance(monitoring, dict)
+        if set(conf) & set("'\"\\"):  # AWS's examples have none; what it makes of them is not documented
+            run.state, run.state_details = "FAILED", f"Job failed, quotes in the settings: {conf}"
+            return
         words = [*shlex.split(conf), file, *driver["entryPointArguments"]]
         where = monitoring["s3MonitoringConfiguration"]["logUri"]
         logs = f"{where}applications/{run.application_id}/jobs/{run.id}/SPARK_DRIVER"
@@ -155,7 +167,9 @@ class Aws:
         seconds = (utcnow() - started).total_seconds()
         run.total_execution_duration_seconds = round(seconds)
         minutes = max(seconds, 60) / 60  # as AWS bills a worker of 4 vCPUs and 16 GB
-        run.billed_resource_utilization = {"vCPUHour": minutes / 15, "memoryGBHour": minutes / 3.75, "storageGBHour": 0.0}
+        used = {"vCPUHour": minutes / 15, "memoryGBHour": minutes / 3.75, "storageGBHour": 0.0}
+        vars(run).update(total_resource_utilization=used, billed_resource_utilization=None)
+        self.later(self.bill_seconds, lambda: setattr(run, "billed_resource_utilization", used))
         run.updated_at = utcnow()
         if run.state == "RUNNING":
             run.state = "SUCCESS" if status == 0 else "FAILED"
@@ -216,7 +230,8 @@ class Aws:
         bucket, _, prefix = logs.removeprefix("s3://").partition("/")
         for stream, file in said.items():
             file.close()
-            s3.put_object(Bucket=bucket, Key=f"{prefix}/{stream}.gz", Body=gzip.compress((root / stream).read_bytes()))
+            log = {"Key": f"{prefix}/{stream}.gz", "Body": gzip.compress((root / stream).read_bytes())}
+            self.later(self.log_seconds, functools.partial(s3.put_object, Bucket=bucket, **log))
         for each in buckets:
             for path in (root / each).rglob("*"):
                 key = path.relative_to(root / each).as_posix()
@@ -225,6 +240,14 @@ class Aws:
                     s3.upload_file(str(path), each, key)
         shutil.rmtree(root)
         return status
+
+    def later(self, seconds: float, happens: Callable[[], Any]) -> None:
+        if seconds:
+            timer = threading.Timer(seconds, happens)
+            timer.daemon = True
+            timer.start()
+        else:
+            happens()
 
     def kill(self, name: str) -> None:
         if name in self.running and self.running[name].poll() is None:
@@ -259,6 +282,8 @@ def aws(folder: Path) -> Iterator[Aws]:
 
 def teach(patch: pytest.MonkeyPatch, played: Aws) -> None:
     """What moto does not know of EMR, or knows otherwise than AWS."""
+    teach_quotas(patch, played.quotas)
+
     # Over HTTP it would file every cluster under us-east-1.
     patch.setattr(ElasticMapReduceResponse, "get_region_from_url", BaseResponse.get_region_from_url)
 
@@ -477,3 +502,34 @@ def teach_accounts(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(FakeBucket, "create_from_cloudformation_json", classmethod(take_in_or_make))
     patch.setattr(IAMBackend, "create_service_linked_role", create_service_linked_role)
     patch.setattr(ElasticMapReduceResponse, "run_job_flow", run_where_nodes_can_report)
+
+
+def teach_quotas(patch: pytest.MonkeyPatch, quotas: dict[str, float]) -> None:
+    """The account's quotas, and that EMR keeps no cluster which needs more vCPUs than they allow."""
+
+    def get(self: Any, service_code: str, quota_code: str) -> dict[str, Any]:
+        if quota_code not in quotas:
+            raise NoSuchResource
+        return {"ServiceCode": service_code, "QuotaCode": quota_code, "Value": quotas[quota_code]}
+
+    patch.setattr(ServiceQuotasBackend, "get_service_quota", get)
+    patch.setattr(
+        ServiceQuotasResponse, "get_aws_default_service_quota", ServiceQuotasResponse.get_service_quota, raising=False
+    )
+    run = ElasticMapReduceResponse.run_job_flow
+
+    def run_job_flow(self: Any) -> ActionResult:
+        fleets = self._get_param("Instances.InstanceFleets", [])
+        units = {"MASTER": 0, "CORE": 0, "TASK": 0} | {
+            each["InstanceFleetType"]: each.get("TargetOnDemandCapacity", 0) for each in fleets
+        }
+        answer: Any = run(self)
+        if 4 * sum(units.values()) > quotas["L-1216C47A"]:
+            cluster = self.backend.clusters[answer.result["JobFlowId"]]
+            cluster.state, cluster.last_state_change_reason = (
+                "TERMINATED_WITH_ERRORS",
+                "You have requested more vCPU capacity",
+            )
+        return answer
+
+    patch.setattr(ElasticMapReduceResponse, "run_job_flow", run_job_flow)

@@ -12,7 +12,8 @@ import yaml
 from botocore.validate import ParamValidator
 from moto import mock_aws
 
-from bootstrap.aws import cloud, cluster, cost, residency, wheelhouse
+from bootstrap.aws import cloud, cluster, cost, quotas, residency, wheelhouse
+from tests.aws import PLENTY, teach_quotas
 from tests.helpers import ROOT
 
 SETTINGS = cloud.settings()
@@ -42,17 +43,28 @@ def enumerations(value: Any, shape: Any) -> Iterator[tuple[str, list[str]]]:
         yield value, shape.enum
 
 
+def of(executors: int) -> dict[str, Any]:
+    """The request for so many executors."""
+    return cluster.request(SETTINGS | {"executors": executors}, OUTPUTS, RELEASE)
+
+
 def fleets(request: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {fleet["InstanceFleetType"]: fleet for fleet in request["Instances"]["InstanceFleets"]}
 
 
 @pytest.fixture
-def emr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def quotas_of_the_account() -> dict[str, float]:
+    return dict(PLENTY)
+
+
+@pytest.fixture
+def emr(monkeypatch: pytest.MonkeyPatch, quotas_of_the_account: dict[str, float]) -> Iterator[Any]:
     """EMR in Paris, with the stack there and Python for the nodes."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with mock_aws():
+        teach_quotas(monkeypatch, quotas_of_the_account)
         s3 = boto3.client("s3", region_name=SETTINGS["region"])
         s3.create_bucket(Bucket="the-bucket", CreateBucketConfiguration={"LocationConstraint": SETTINGS["region"]})
         key = f"{wheelhouse.folder(wheelhouse.pins(SETTINGS, RELEASE))}/requirements.txt"
@@ -72,7 +84,7 @@ def test_the_request_is_one_that_emr_takes(release: str) -> None:
 def test_each_word_of_the_request_is_one_that_emr_knows() -> None:
     model = botocore.session.get_session().get_service_model("emr").operation_model("RunJobFlow").input_shape
     words = list(enumerations(cluster.request(SETTINGS, OUTPUTS, RELEASE), model))
-    assert len(words) == 7
+    assert len(words) == 6
     assert [word for word, known in words if word not in known] == []
 
 
@@ -105,22 +117,118 @@ def test_a_forgotten_cluster_ends_by_itself() -> None:
 
 
 def test_only_what_can_be_lost_is_on_spot() -> None:
-    assert {name for name, fleet in fleets(CLUSTER).items() if fleet.get("TargetSpotCapacity")} == {"TASK"}
-    assert set(fleets(CLUSTER)) == NAMES
+    found = fleets(of(16))
+    assert {name for name, fleet in found.items() if fleet.get("TargetSpotCapacity")} == {"TASK"}
+    assert set(found) == NAMES
 
 
 def test_spot_has_several_pools_of_one_kind_of_processor() -> None:
     types = [kind["InstanceType"] for kind in fleets(CLUSTER)["TASK"]["InstanceTypeConfigs"]]
-    assert len(types) > 3
+    assert len(types) > 1
     everywhere = {kind["InstanceType"] for fleet in fleets(CLUSTER).values() for kind in fleet["InstanceTypeConfigs"]}
     assert {name.partition(".")[0] for name in everywhere} == {"m6i"}
 
 
-def test_the_cluster_as_it_starts_is_within_the_limits_of_its_scaling() -> None:
-    limits = CLUSTER["ManagedScalingPolicy"]["ComputeLimits"]
-    core, task = (fleets(CLUSTER)[name] for name in ("CORE", "TASK"))
-    assert core["TargetOnDemandCapacity"] == limits["MaximumCoreCapacityUnits"] == limits["MinimumCapacityUnits"]
-    assert core["TargetOnDemandCapacity"] + task["TargetSpotCapacity"] <= limits["MaximumCapacityUnits"]
+@pytest.mark.parametrize("executors", [1, 2, 3, 16, 100])
+def test_the_cluster_as_it_starts_is_within_the_limits_of_its_scaling(executors: int) -> None:
+    request = of(executors)
+    limits = request["ManagedScalingPolicy"]["ComputeLimits"]
+    core, task = (fleets(request).get(name, {}) for name in ("CORE", "TASK"))
+    on_demand, on_spot = (core.get(name, 0) for name in cluster.TARGETS)
+    assert on_demand + on_spot == limits["MaximumCoreCapacityUnits"] == limits["MinimumCapacityUnits"]
+    assert on_demand == limits["MaximumOnDemandCapacityUnits"]
+    assert on_demand + on_spot + task.get("TargetSpotCapacity", 0) <= limits["MaximumCapacityUnits"] == executors
+
+
+@pytest.mark.parametrize("executors", [1, 2, 3, 16])
+def test_the_request_of_any_size_is_one_that_emr_takes(executors: int) -> None:
+    request = of(executors)
+    assert complaints("emr", "RunJobFlow", request) == ""
+    for fleet in fleets(request).values():
+        targets = [fleet[key] for key in cluster.TARGETS if key in fleet]
+        assert min(targets) > 0
+        assert ("LaunchSpecifications" in fleet) == ("TargetSpotCapacity" in fleet)
+        assert max(kind.get("WeightedCapacity", 1) for kind in fleet["InstanceTypeConfigs"]) <= sum(targets)
+
+
+def test_one_executor_fits_into_the_quotas_of_a_new_account() -> None:
+    needs = cluster.vcpus(SETTINGS, OUTPUTS)
+    assert needs(1) == {quotas.ON_DEMAND: 4, quotas.SPOT: 4}
+    assert needs(16) == {quotas.ON_DEMAND: 12, quotas.SPOT: 56}
+
+
+def test_a_cluster_has_an_executor_at_least() -> None:
+    with pytest.raises(SystemExit, match=r"`executors: 0` in cluster\.yaml: there must be 1 at least"):
+        of(0)
+
+
+def test_a_size_beyond_the_quotas_is_refused_with_both_numbers_how_to_ask_for_more_and_what_fits(
+    emr: Any, quotas_of_the_account: dict[str, float]
+) -> None:
+    quotas_of_the_account |= {"L-1216C47A": 16.0, "L-34B43A08": 10.0}
+    with pytest.raises(SystemExit) as refusal:
+        cluster.main(["up"])
+    said = str(refusal.value)
+    assert "Running On-Demand Standard instances: 12 needed, 16 allowed\n" in said
+    assert "All Standard Spot Instance Requests: 56 needed, 10 allowed\n" in said
+    asked = "aws service-quotas request-service-quota-increase --region eu-west-3 --service-code ec2 --quota-code"
+    assert re.findall(f"{asked} (.*)", said) == ["L-34B43A08 --desired-value 56"]
+    assert said.endswith("`executors: 4` fits now.")
+    assert cloud.find_cluster(emr, "fruits") is None
+
+
+def test_of_a_new_account_one_executor_fits_and_comes_up(
+    emr: Any, quotas_of_the_account: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quotas_of_the_account |= {"L-1216C47A": 5.0, "L-34B43A08": 5.0}
+    with pytest.raises(SystemExit, match="`executors: 1` fits now"):
+        cluster.main(["up"])
+    monkeypatch.setattr(cloud, "settings", lambda: SETTINGS | {"executors": 1})
+    cluster.main(["up"])
+    assert cloud.find_cluster(emr, "fruits")
+
+
+def test_where_nothing_fits_no_size_is_offered(emr: Any, quotas_of_the_account: dict[str, float]) -> None:
+    quotas_of_the_account |= {"L-1216C47A": 1.0}
+    with pytest.raises(SystemExit, match="No smaller size fits"):
+        cluster.main(["up"])
+
+
+def test_quotas_that_aws_does_not_tell_stop_nothing(
+    emr: Any, quotas_of_the_account: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del quotas_of_the_account["L-34B43A08"]
+    cluster.main(["up"])
+    assert "All Standard Spot Instance Requests: 56 vCPUs needed, the quota is not known" in capsys.readouterr().out
+
+
+def test_emr_keeps_no_cluster_beyond_the_quota(
+    emr: Any, quotas_of_the_account: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of AWS as the tests play it: so the check beforehand is worth something."""
+    quotas_of_the_account |= {"L-1216C47A": 5.0}
+    monkeypatch.setattr(quotas, "require", lambda *_: "not asked")
+    cluster.main(["up"])
+    assert cloud.find_cluster(emr, "fruits") is None
+
+
+def test_a_job_run_has_three_executors_at_least_with_numbers_as_text() -> None:
+    found = [cluster.job_settings(SETTINGS | {"executors": n}, OUTPUTS) for n in (1, 16)]
+    assert [conf["spark.dynamicAllocation.maxExecutors"] for conf in found] == ["3", "16"]
+    needs = cluster.vcpus_of_job(SETTINGS, OUTPUTS)
+    assert [needs(n)[quotas.SERVERLESS] for n in (1, 3, 16)] == [16, 16, 68]
+
+
+def configuration(name: str) -> dict[str, str]:
+    request = cluster.request(SETTINGS, OUTPUTS, RELEASE)
+    return next(c["Properties"] for c in request["Configurations"] if c["Classification"] == name)
+
+
+def test_the_region_is_told_wherever_it_would_be_looked_up() -> None:
+    name = "spark.hadoop.fs.s3a.endpoint.region"
+    assert configuration("spark-defaults")[name] == cluster.job_settings(SETTINGS, OUTPUTS)[name] == "eu-west-3"
+    (action,) = cluster.request(SETTINGS, OUTPUTS, RELEASE)["BootstrapActions"]
+    assert action["ScriptBootstrapAction"]["Args"][1] == "eu-west-3"
 
 
 def test_a_unit_is_four_vcpus() -> None:
@@ -184,7 +292,8 @@ def test_up_asks_for_the_cluster_and_says_what_it_costs(emr: Any, capsys: pytest
     cluster.main(["up"])
     one = cloud.find_cluster(emr, "fruits")
     said = capsys.readouterr().out
-    low, high = cluster.per_hour(CLUSTER, cost.load())
+    low, high = cluster.per_hour(of(16), cost.load())
+    assert "Running On-Demand Standard instances: 12 vCPUs needed, 64 allowed; All Standard Spot Instance" in said
     assert f"Cluster {one} (fruits, {RELEASE})" in said
     assert f"{low:.2f} to {high:.2f} EUR an hour" in said
     assert "30 minutes; `make cloud-down` ends it now" in said

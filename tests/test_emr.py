@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     for module in (remote, bucket):
         monkeypatch.setattr(module, "SECONDS", 0.05)
     monkeypatch.setattr(remote, "LOG_SECONDS", 0.2)
-    monkeypatch.setattr(remote, "LOG_SECONDS_OF_FAILURE", 0.2)
+    monkeypatch.setattr(serverless, "BILL_SECONDS", 0.2)
     monkeypatch.chdir(tmp_path)
     played.fresh()
     played.is_plain, played.is_paused = True, False
@@ -120,7 +121,7 @@ def test_what_the_stage_said_is_said_here(target: str, there: Aws, capsys: pytes
 
 def test_each_state_is_told_once(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
     call()
-    told = [line.split(" is ")[1] for line in capsys.readouterr().out.splitlines() if " is " in line]
+    told = [line.partition(" is ")[2] for line in capsys.readouterr().out.splitlines() if " is " in line]
     assert (told[-1], len(told)) == ("COMPLETED", len(set(told)))
 
 
@@ -388,6 +389,96 @@ def test_what_it_took_is_set_down(target: str, there: Aws) -> None:
     call(target)
     took = json.loads(Path(".dvc/tmp/took/stage.json").read_text())
     assert (took["where"], took["images"], took["euros"] > 0) == (target, 3, True)
+
+
+def test_a_bill_that_comes_late_is_waited_for(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serverless, "BILL_SECONDS", 30)
+    there.bill_seconds = 0.5
+    call("emr-serverless")
+    took = json.loads(Path(".dvc/tmp/took/stage.json").read_text())
+    (job,) = there.job_runs()
+    assert took["vcpu_hours"] == pytest.approx(job.billed_resource_utilization["vCPUHour"], abs=1e-6)
+
+
+def test_until_there_is_a_bill_the_cost_is_that_of_what_was_used(there: Aws) -> None:
+    there.bill_seconds = 600
+    assert call("emr-serverless") == 0
+    (job,) = there.job_runs()
+    assert not job.billed_resource_utilization
+    assert json.loads(Path(".dvc/tmp/took/stage.json").read_text())["euros"] > 0
+
+
+def test_without_bill_and_use_a_stage_ends_well_with_no_euros(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = serverless.Application._job
+    unknown = ("billedResourceUtilization", "totalResourceUtilization")
+    monkeypatch.setattr(
+        serverless.Application, "_job", lambda self, run: {k: v for k, v in look(self, run).items() if k not in unknown}
+    )
+    assert call("emr-serverless") == 0
+    took = json.loads(Path(".dvc/tmp/took/stage.json").read_text())
+    assert ("euros" in took, took["cores"]) == (False, 64)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_bill_that_cannot_be_had_fails_no_stage(
+    target: str, there: Aws, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise KeyError("EndDateTime")
+
+    monkeypatch.setattr(SERVICES[target], "bill", refuse)
+    assert (call(target), Path("out/first").exists()) == (0, True)
+    assert "what it took and cost is not known: KeyError('EndDateTime')" in capsys.readouterr().out
+
+
+def test_the_log_of_a_step_that_ended_well_is_not_waited_for(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
+    there.log_seconds = 600
+    began = time.monotonic()
+    assert call() == 0
+    assert time.monotonic() - began < 30
+    assert (
+        "the log of stage is on its way; within five minutes it will be in s3://fruits-bucket/logs/"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_log_of_a_step_that_failed_is_waited_for(
+    there: Aws, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(remote, "LOG_SECONDS", 30)
+    there.log_seconds = 0.5
+    with pytest.raises(SystemExit, match="is FAILED"):
+        call(what="fail")
+    assert "ValueError: 3 of 7 are not finite" in capsys.readouterr().err
+
+
+def test_a_job_run_beyond_the_quota_is_refused_with_a_size_that_fits(there: Aws) -> None:
+    there.quotas["L-D05C8A75"] = 16
+    with pytest.raises(
+        SystemExit, match=r"Max concurrent vCPUs per account: 68 needed, 16 allowed[\s\S]*`executors: 3` fits"
+    ):
+        call("emr-serverless")
+    assert there.job_runs() == []
+
+
+def test_a_job_run_gets_its_settings_without_quotes(there: Aws) -> None:
+    there.is_paused = True
+    service = serverless.Application(cloud.settings(), cloud.outputs(cloud.settings()))
+    service.start("stage 1", remote.spark_defaults(), ["s3://b/s.py"])
+    (job,) = there.job_runs()
+    assert job.job_driver is not None
+    conf = str(job.job_driver["sparkSubmit"]["sparkSubmitParameters"])
+    assert re.search(r"--conf spark\.archives=s3://\S+/packages\.tar\.gz#packages ", conf)
+    words = [part for item in (service.conf | remote.spark_defaults()).items() for part in ("--conf", "=".join(item))]
+    assert conf.split() == words  # so no value has a blank
+
+
+def test_a_setting_that_would_need_quotes_is_refused(there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEATURE_CACHE", f"s3://{BUCKET}/my cache")
+    with pytest.raises(
+        SystemExit, match=r"no setting with a blank or a quote in it: spark\.featurize\.cache=s3://fruits-bucket/my"
+    ):
+        call("emr-serverless")
 
 
 def test_no_key_is_on_a_command_line_or_in_the_bucket(there: Aws) -> None:

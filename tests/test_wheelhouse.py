@@ -172,7 +172,8 @@ def node(tmp_path: Path) -> dict[str, str]:
     commands = tmp_path / "bin"
     commands.mkdir()
     (tmp_path / "wheels").mkdir()
-    aws = '#!/bin/sh\ntest "$1 $2 $3" = "s3 cp --recursive" || exit 64\nfor last; do :; done\ncp "$WHEELS"/* "$last"\n'
+    asked = 'test "$1 $2 $3 $5 $6" = "s3 cp --recursive --region eu-west-3" || exit 64'
+    aws = f'#!/bin/sh\n{asked}\nfor last; do :; done\ncp "$WHEELS"/* "$last"\n'
     for name, text in {"aws": aws, "sudo": '#!/bin/sh\nexec "$@"\n'}.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
@@ -186,7 +187,7 @@ def node(tmp_path: Path) -> dict[str, str]:
 
 
 def install(node: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = ["bash", str(wheelhouse.INSTALL), "s3://fruits-1/bootstrap/0123"]
+    command = ["bash", str(wheelhouse.INSTALL), "s3://fruits-1/bootstrap/0123", "eu-west-3"]
     return subprocess.run(command, env=node, capture_output=True, text=True)
 
 
@@ -199,6 +200,22 @@ def test_a_node_has_the_wheels_and_no_index(node: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr
     python = Path(node["FRUITS_HOME"]) / "venv/bin/python"
     assert subprocess.check_output([python, "-c", "import orchard; print(orchard.ripe)"], text=True) == "True\n"
+
+
+def test_a_release_without_the_nodes_python_gets_it_from_the_repository_in_the_region(
+    node: dict[str, str], tmp_path: Path
+) -> None:
+    wheels, commands = Path(node["WHEELS"]), tmp_path / "bin"
+    wheel(wheels)
+    (wheels / "requirements.txt").write_text(wheelhouse.with_hashes(wheels))
+    python = (
+        f'printf "#!/bin/sh\\nexec {sys.executable} \\"\\$@\\"\\n" > {commands}/python3.xx; chmod +x {commands}/python3.xx'
+    )
+    (commands / "dnf").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{python}\n')
+    (commands / "dnf").chmod(0o755)
+    done = install(node | {"PYTHON": "python3.xx"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "asked").read_text() == "install --assumeyes --quiet python3.xx python3.xx-pip\n"
 
 
 @pytest.mark.slow
@@ -252,7 +269,10 @@ def test_a_node_imports_all_that_the_wheelhouse_is_for() -> None:
     assert f"{{FRUITS_IMPORTS:-{expected}}}" in wheelhouse.INSTALL.read_text()
 
 
-def test_without_the_place_of_the_wheels_it_says_how_to_call_it(node: dict[str, str]) -> None:
-    done = subprocess.run(["bash", str(wheelhouse.INSTALL)], env=node, capture_output=True, text=True)
+@pytest.mark.parametrize("words", [[], ["s3://fruits-1/bootstrap/0123"]])
+def test_without_the_place_of_the_wheels_or_the_region_it_says_how_to_call_it(
+    node: dict[str, str], words: list[str]
+) -> None:
+    done = subprocess.run(["bash", str(wheelhouse.INSTALL), *words], env=node, capture_output=True, text=True)
     assert done.returncode != 0
     assert "usage: install.sh s3://" in done.stderr

@@ -9,11 +9,14 @@ import re
 import sys
 from argparse import ArgumentParser
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from bootstrap.aws import cloud, cost, endpoint, residency, wheelhouse
+from bootstrap.aws import cloud, cost, endpoint, quotas, residency, wheelhouse
+
+UNIT = 4  # vCPUs
+TARGETS = ("TargetOnDemandCapacity", "TargetSpotCapacity")
 
 
 def main(argv: list[str]) -> None:
@@ -40,7 +43,7 @@ def up(emr: Any, settings: dict[str, Any], release: str) -> None:
     Raises
     ------
     SystemExit
-        a cluster of the name is up, or the nodes have no wheelhouse
+        a cluster of the name is up, the nodes have no wheelhouse, or a quota of the account is too small
     """
     outputs = cloud.outputs(settings)
     residency.require(settings["region"], [outputs["Bucket"]])
@@ -54,10 +57,12 @@ def up(emr: Any, settings: dict[str, Any], release: str) -> None:
         again = "" if release == settings["cluster"]["ReleaseLabel"] else f" RELEASE={release}"
         raise SystemExit(f"cluster: no s3://{bucket}/{wheels}, Python for the nodes. `make wheelhouse{again}` makes it.")
     wanted = request(settings, outputs, release)
+    compared = quotas.require(settings["region"], vcpus(settings, outputs), settings["executors"])
     low, high = per_hour(wanted, cost.load())
     cluster_id = emr.run_job_flow(**wanted)["JobFlowId"]
     idle = wanted["AutoTerminationPolicy"]["IdleTimeout"] / 60
     print(f"Cluster {cluster_id} ({name}, {release}) is starting, which takes some 8 minutes; stages may be sent already.")
+    print(f"Quotas: {compared}.")
     print(f"It costs {low:.2f} to {high:.2f} EUR an hour, EMR's fee included, by the prices of bootstrap/aws/prices.yaml.")
     print(f"It ends by itself when it has been idle for {idle:.0f} minutes; `make cloud-down` ends it now.")
 
@@ -100,24 +105,94 @@ def down(emr: Any, settings: dict[str, Any], yes: bool) -> None:
 
 
 def request(settings: dict[str, Any], outputs: Mapping[str, str], release: str) -> dict[str, Any]:
-    """Return the request of RunJobFlow: `cluster` of cluster.yaml, filled in."""
-    return dict(fill(settings["cluster"], values(settings, outputs, release)), ReleaseLabel=release)
+    """Return the request of RunJobFlow: `cluster` of cluster.yaml, filled in, without fleets that would have no node."""
+    wanted = dict(fill(settings["cluster"], values(settings, outputs, release)), ReleaseLabel=release)
+    fleets = [trim(fleet) for fleet in wanted["Instances"]["InstanceFleets"]]
+    wanted["Instances"]["InstanceFleets"] = [fleet for fleet in fleets if any(key in fleet for key in TARGETS)]
+    return wanted
+
+
+def trim(fleet: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a fleet its targets of 0, what is said of spot if there is none, nodes larger than all of its units."""
+    units = sum(fleet.get(key, 0) for key in TARGETS)
+    unused = [key for key in TARGETS if not fleet.get(key)]
+    unused += [] if fleet.get("TargetSpotCapacity") else ["LaunchSpecifications"]
+    kinds = [kind for kind in fleet["InstanceTypeConfigs"] if kind.get("WeightedCapacity", 1) <= units]
+    return {key: value for key, value in fleet.items() if key not in unused} | {"InstanceTypeConfigs": kinds}
+
+
+def vcpus(settings: dict[str, Any], outputs: Mapping[str, str]) -> Callable[[int], dict[quotas.Quota, int]]:
+    """Return a function that computes the vCPUs which a cluster of so many executors takes, on demand and on spot."""
+
+    def needs(executors: int) -> dict[quotas.Quota, int]:
+        wanted = request(settings | {"executors": executors}, outputs, settings["cluster"]["ReleaseLabel"])
+        fleets, limits = wanted["Instances"]["InstanceFleets"], wanted["ManagedScalingPolicy"]["ComputeLimits"]
+        (primary,) = (fleet["InstanceTypeConfigs"] for fleet in fleets if fleet["InstanceFleetType"] == "MASTER")
+        on_demand = limits["MaximumOnDemandCapacityUnits"]
+        return {
+            quotas.ON_DEMAND: min(cost.cores(kind["InstanceType"]) for kind in primary) + UNIT * on_demand,
+            quotas.SPOT: UNIT * (limits["MaximumCapacityUnits"] - on_demand),
+        }
+
+    return needs
 
 
 def job_settings(settings: dict[str, Any], outputs: Mapping[str, str]) -> dict[str, str]:
     """Return Spark's settings for a job run: `serverless` of cluster.yaml, filled in."""
     release = settings["parameters"].get("ServerlessRelease", settings["cluster"]["ReleaseLabel"])
-    return dict(fill(settings["serverless"], values(settings, outputs, release)))
+    return {key: str(value) for key, value in fill(settings["serverless"], values(settings, outputs, release)).items()}
 
 
-def values(settings: dict[str, Any], outputs: Mapping[str, str], release: str) -> dict[str, str]:
-    """Return what can be filled in, by name: the stack's outputs, its name, the folder of Python for the release."""
+def vcpus_of_job(settings: dict[str, Any], outputs: Mapping[str, str]) -> Callable[[int], dict[quotas.Quota, int]]:
+    """Return a function that computes the vCPUs which a job run of so many executors takes, with its driver."""
+
+    def needs(executors: int) -> dict[quotas.Quota, int]:
+        conf = job_settings(settings | {"executors": executors}, outputs)
+        n, cores = int(conf["spark.dynamicAllocation.maxExecutors"]), int(conf["spark.executor.cores"])
+        return {quotas.SERVERLESS: int(conf["spark.driver.cores"]) + n * cores}
+
+    return needs
+
+
+def values(settings: dict[str, Any], outputs: Mapping[str, str], release: str) -> dict[str, str | int]:
+    """Return what can be filled in, by name: the stack's outputs, name and region, the folder of Python, the units."""
     wheels = wheelhouse.folder(wheelhouse.pins(settings, release))
-    return {**outputs, "Stack": settings["stack"], "Wheelhouse": f"s3://{outputs['Bucket']}/{wheels}"}
+    return {
+        **outputs,
+        "Stack": settings["stack"],
+        "Region": settings["region"],
+        "Wheelhouse": f"s3://{outputs['Bucket']}/{wheels}",
+        **units(settings["executors"]),
+    }
 
 
-def fill(value: Any, values: Mapping[str, str]) -> Any:
+def units(executors: int) -> dict[str, int]:
+    """Divide the executors among the fleets of a cluster; a unit is an executor.
+
+    Raises
+    ------
+    SystemExit
+        there is no executor
+    """
+    if executors < 1:
+        raise SystemExit(f"cluster: `executors: {executors}` in cluster.yaml: there must be 1 at least")
+    core = min(executors, 2)
+    on_demand = core if executors > 1 else 0  # so that one executor fits into the quotas of a new account
+    return {
+        "Executors": executors,
+        "Cores": UNIT * executors,
+        "Core": core,
+        "CoreOnDemand": on_demand,
+        "CoreOnSpot": core - on_demand,
+        "Task": min(executors - core, 6),  # at the start
+        "JobExecutors": max(executors, 3),  # the least that EMR Serverless takes
+    }
+
+
+def fill(value: Any, values: Mapping[str, str | int]) -> Any:
     """Replace each ${Name} by its value. One that stands alone in a list becomes several items, split at the commas.
+
+    A number that stands alone stays a number.
 
     Raises
     ------
@@ -128,7 +203,7 @@ def fill(value: Any, values: Mapping[str, str]) -> Any:
     def substitute(match: re.Match[str]) -> str:
         if match[1] not in values:
             raise SystemExit(f"cluster: ${{{match[1]}}} in cluster.yaml is none of {', '.join(sorted(values))}")
-        return values[match[1]]
+        return str(values[match[1]])
 
     if isinstance(value, Mapping):
         return {key: fill(item, values) for key, item in value.items()}
@@ -136,7 +211,10 @@ def fill(value: Any, values: Mapping[str, str]) -> Any:
         filled = [(item, fill(item, values)) for item in value]
         alone = [isinstance(item, str) and re.fullmatch(r"\$\{\w+\}", item) for item in value]
         return [part for (_, new), split in zip(filled, alone, strict=True) for part in (new.split(",") if split else [new])]
-    return re.sub(r"\$\{(\w+)\}", substitute, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    number = values.get(value[2:-1]) if re.fullmatch(r"\$\{\w+\}", value) else None
+    return number if isinstance(number, int) else re.sub(r"\$\{(\w+)\}", substitute, value)
 
 
 def per_hour(wanted: Mapping[str, Any], prices: Mapping[str, Any]) -> tuple[float, float]:
@@ -148,7 +226,7 @@ def per_hour(wanted: Mapping[str, Any], prices: Mapping[str, Any]) -> tuple[floa
     limits = wanted["ManagedScalingPolicy"]["ComputeLimits"]
 
     def each(*names: str) -> list[float]:
-        kinds = [kind for name in names for kind in fleets[name]]
+        kinds = [kind for name in names for kind in fleets.get(name, [])]
         return [cost.of_node(kind["InstanceType"], "ON_DEMAND", prices) / kind.get("WeightedCapacity", 1) for kind in kinds]
 
     low = min(each("MASTER")) + limits["MinimumCapacityUnits"] * min(each("CORE"))

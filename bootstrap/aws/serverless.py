@@ -2,14 +2,17 @@
 
 import hashlib
 import math
-import shlex
+import re
+import time
 from collections.abc import Mapping
 from typing import Any
 
-from bootstrap.aws import cloud, cost, runner
-from bootstrap.aws.cluster import job_settings
+from bootstrap.aws import cloud, cost, quotas, runner
+from bootstrap.aws.cluster import job_settings, vcpus_of_job
 from bootstrap.job import Runner
-from bootstrap.remote import Look, hours
+from bootstrap.remote import SECONDS, Look, hours
+
+BILL_SECONDS = 60  # to wait for the bill of a run; waiting costs nothing here
 
 
 def connect() -> Runner:
@@ -30,6 +33,7 @@ class Application:
         self.arn = self.emr.get_application(applicationId=self.where)["application"]["arn"]
         self.log_uri = f"s3://{outputs['Bucket']}/logs/serverless"
         self.conf = job_settings(settings, outputs)
+        quotas.require(settings["region"], vcpus_of_job(settings, outputs), settings["executors"])
 
     def find(self, name: str) -> tuple[str, Look] | None:
         latest = max(self._runs(name), key=lambda run: run["createdAt"], default=None)
@@ -37,6 +41,8 @@ class Application:
 
     def start(self, name: str, settings: Mapping[str, str], words: list[str]) -> str:
         conf = {**self.conf, **settings}
+        if wrong := [f"{key}={value}" for key, value in conf.items() if re.search(r"[\s'\"\\]", value)]:
+            raise SystemExit(f"submit: EMR Serverless takes no setting with a blank or a quote in it: {', '.join(wrong)}")
         # Two requests with one token start one run, also if the first answer was lost.
         token = hashlib.sha256(f"{name} {len(self._runs(name))}".encode()).hexdigest()
         run = self.emr.start_job_run(
@@ -48,9 +54,8 @@ class Application:
                 "sparkSubmit": {
                     "entryPoint": words[0],
                     "entryPointArguments": words[1:],
-                    "sparkSubmitParameters": shlex.join(
-                        part for key, value in conf.items() for part in ("--conf", f"{key}={value}")
-                    ),
+                    # Without quotes, as in AWS's examples: shlex would put some around a #.
+                    "sparkSubmitParameters": " ".join(f"--conf {key}={value}" for key, value in conf.items()),
                 }
             },
             configurationOverrides={
@@ -75,16 +80,19 @@ class Application:
         return cores, cost.of_cores(cores, cost.load())
 
     def bill(self, run: str) -> dict[str, Any]:
-        job = self._job(run)
-        vcpu_hours, euros = cost.of_job_run(job["billedResourceUtilization"], cost.load())
+        # AWS fills the bill in some seconds to minutes after the end; what was used is there before, and is nearly the same.
+        ends = time.monotonic() + BILL_SECONDS
+        while not (job := self._job(run)).get("billedResourceUtilization") and time.monotonic() < ends:
+            time.sleep(SECONDS)
+        used = job.get("billedResourceUtilization") or job.get("totalResourceUtilization")
+        vcpu_hours, euros = cost.of_job_run(used or {}, cost.load())
         seconds = job.get("totalExecutionDurationSeconds", 0)
         waited = (job["updatedAt"] - job["createdAt"]).total_seconds() - seconds
         return {
             "where": "emr-serverless",
-            "cores": round(vcpu_hours * 3600 / max(seconds, 1), 1),
+            "cores": round(vcpu_hours * 3600 / max(seconds, 1), 1) if used else self.rate()[0],
             "seconds": float(seconds),
-            "vcpu_hours": vcpu_hours,
-            "euros": euros,
+            **({"vcpu_hours": vcpu_hours, "euros": euros} if used else {}),
             "seconds_waited": max(waited, 0.0),
             "euros_waited": 0.0,
         }
