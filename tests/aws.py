@@ -53,6 +53,12 @@ REGION, NAME, BUCKET = "eu-west-3", "fruits", "fruits-bucket"
 ROLE = "arn:aws:iam::123456789012:role/fruits"
 SECRET = "not-a-key-that-opens-anything"
 KEY_OF_AWS = "AKIAI44QH8DHBEXAMPLE"  # of what AWS itself does here, and the tests
+LINKED = {  # roles of AWS itself whose names moto does not know
+    "spot.amazonaws.com": "AWSServiceRoleForEC2Spot",
+    "ec2fleet.amazonaws.com": "AWSServiceRoleForEC2Fleet",
+    "elasticmapreduce.amazonaws.com": "AWSServiceRoleForEMRCleanup",
+    "ops.emr-serverless.amazonaws.com": "AWSServiceRoleForAmazonEMRServerless",
+}
 PLENTY = {"L-1216C47A": 64.0, "L-34B43A08": 64.0, "L-D05C8A75": 128.0}  # vCPUs on demand, on spot, of EMR Serverless
 
 
@@ -483,7 +489,9 @@ def teach_accounts(patch: pytest.MonkeyPatch) -> None:
             raise InvalidInput(
                 f"Service role name of {service_name} has been taken in this account, please try a different suffix."
             )
-        return link(self, service_name, description, suffix)
+        role = link(self, service_name, description, suffix)
+        role.name = LINKED.get(service_name, role.name)
+        return role
 
     def run_where_nodes_can_report(self: Any) -> ActionResult:
         instances = self._get_param("Instances") or {}

@@ -17,6 +17,7 @@ import yaml
 from moto.core import DEFAULT_ACCOUNT_ID as ACCOUNT
 from moto.ec2 import ec2_backends
 from moto.emr import emr_backends
+from moto.iam import iam_backends
 from moto.iam.aws_managed_policies import aws_managed_policies_data
 
 from app import page
@@ -88,7 +89,7 @@ def fill(part: Any, values: Mapping[str, str]) -> Any:
 
 
 def values(bucket: str, stack: str = "fruits", **roles: str) -> dict[str, str]:
-    """What the policies of infrastructure.yaml refer to; `roles` are ARNs."""
+    """What the policies of infrastructure.yaml refer to; `roles` are ARNs, also that of the instance profile."""
     return {
         "AWS::Partition": "aws",
         "AWS::Region": REGION,
@@ -96,6 +97,7 @@ def values(bucket: str, stack: str = "fruits", **roles: str) -> dict[str, str]:
         "AWS::StackName": stack,
         "Bucket.Arn": f"arn:aws:s3:::{bucket}",
         **{f"{role}.Arn": f"arn:aws:iam::{ACCOUNT}:role/{role}" for role in ("ServiceRole", "NodeRole", "ServerlessRole")},
+        "InstanceProfile.Arn": f"arn:aws:iam::{ACCOUNT}:instance-profile/InstanceProfile",
         **{f"{role}.Arn": arn for role, arn in roles.items()},
     }
 
@@ -211,6 +213,11 @@ def needed(call: Call, roles: Mapping[str, str]) -> Iterator[Request]:
             yield ask("iam:PassRole", role, **{"iam:PassedToService": "emr-serverless.amazonaws.com"})
     elif service == "service-quotas" and "QuotaCode" in arguments:
         yield ask(f"{prefix}:{action}", arn(prefix, f"{arguments['ServiceCode']}/{arguments['QuotaCode']}"))
+    elif operation == "GetRole":
+        yield ask("iam:GetRole", iam_backends[ACCOUNT]["aws"].get_role(arguments["RoleName"]).arn)
+    elif operation == "GetInstanceProfile":
+        profile = iam_backends[ACCOUNT]["aws"].get_instance_profile(arguments["InstanceProfileName"])
+        yield ask("iam:GetInstanceProfile", profile.arn)
     elif operation == "DescribeStacks":
         yield ask("cloudformation:DescribeStacks", arn("cloudformation", f"stack/{arguments['StackName']}/0a1b2c3d"))
     elif operation == "DeleteVpcEndpoints":

@@ -41,7 +41,7 @@ def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     played.client("cloudformation").create_stack(
         StackName=SETTINGS["stack"], TemplateBody=infrastructure.TEMPLATE.read_text(), Parameters=parameters
     )
-    for service, name in (check.LINKED | check.LINKED_OF_SERVERLESS).items():
+    for service, name in infrastructure.linked_roles(is_serverless=True).items():
         played.client("iam").create_role(RoleName=name, Path=f"/aws-service-role/{service}/", AssumeRolePolicyDocument="{}")
     for name in (wheelhouse.INDEX, wheelhouse.ARCHIVE):
         played.client("s3").put_object(Bucket=BUCKET, Key=f"{FOLDER}/{name}", Body=b"")
@@ -144,11 +144,11 @@ def test_a_small_quota_of_emr_serverless(
     assert "`executors: 3` fits now" in wrong("quotas", capsys)
 
 
-@pytest.mark.parametrize("service", check.LINKED)
+@pytest.mark.parametrize("service", infrastructure.LINKED)
 def test_no_role_of_aws_s_own(service: str, there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
-    there.client("iam").delete_role(RoleName=check.LINKED[service])
+    there.client("iam").delete_role(RoleName=infrastructure.LINKED[service])
     said = wrong("roles", capsys)
-    assert check.LINKED[service] in said
+    assert infrastructure.LINKED[service] in said
     assert f"aws iam create-service-linked-role --aws-service-name {service}" in said
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.config import Config
 
 from bootstrap import remote
-from bootstrap.aws import bucket, cloud, cluster, endpoint, infrastructure, residency, wheelhouse
+from bootstrap.aws import bucket, check, cloud, cluster, endpoint, infrastructure, residency, wheelhouse
 from tests import iam
 from tests.aws import KEY_OF_AWS, Aws, aws
 from tests.iam import ACCOUNT, REGION, Request, is_allowed
@@ -45,14 +46,14 @@ def live(played: Aws, here: Path, patch: pytest.MonkeyPatch) -> Life:
         patch.setenv(name, value)
     for module, name in ((remote, "SECONDS"), (bucket, "SECONDS"), (endpoint, "WAIT"), (infrastructure, "WAIT")):
         patch.setattr(module, name, 0.05)
-    for name in ("LOG_SECONDS", "LOG_SECONDS_OF_FAILURE"):
-        patch.setattr(remote, name, 0.2)
+    patch.setattr(remote, "LOG_SECONDS", 0.2)
     settings = SETTINGS | {"parameters": SETTINGS["parameters"] | {"Serverless": "true"}}
     patch.setattr(cloud, "settings", lambda: settings)
     patch.setattr(wheelhouse, "download", lambda versions, wheels: large_wheel(wheels))
     patch.chdir(here)
     (here / "stage.py").write_text(STAGE)
     (here / "in").mkdir()
+    (here / "empty").touch()
     (here / ".dvc").mkdir()
     for name in ("a", "b"):
         (here / f"in/{name}.txt").write_text(name)
@@ -68,16 +69,26 @@ def live(played: Aws, here: Path, patch: pytest.MonkeyPatch) -> Life:
     life.outputs = outputs = cloud.outputs(settings)
     of_iam, ec2 = played.client("iam"), played.client("ec2")
     profile = outputs["InstanceProfile"]
-    roles[profile] = of_iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"][0]["Arn"]
+    found = of_iam.get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]
+    roles[profile] = found["Roles"][0]["Arn"]
     life.values = iam.values(
         outputs["Bucket"],
         ServiceRole=outputs["ServiceRole"],
         NodeRole=roles[profile],
         ServerlessRole=outputs["ServerlessRole"],
+        InstanceProfile=found["Arn"],
     )
     made.clear()
     wheelhouse.main([])
     noted("wheelhouse")
+    with patch.context() as remotes:
+        remote_here = {"storage": {"url": f"s3://{outputs['Bucket']}/dvc"}}
+        remotes.setattr(residency, "dvc_remotes", lambda: remote_here)
+        remotes.setattr(Config, "from_cwd", lambda: {"core": {"remote": "storage"}})
+        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+            remotes.setenv(name, str(here / "empty"))  # DVC wants a file
+        assert check.main([]) == 0
+    noted("cloud-check")
     cluster.main(["up"])
     noted("cloud-up")
     for target in ("emr", "emr-serverless"):
@@ -115,7 +126,10 @@ def large_wheel(wheels: Path) -> None:
         archive.writestr("orchard.bin", os.urandom(9 * 2**20))
 
 
-TARGETS = ("wheelhouse", "cloud-up", "repro on emr", "repro on emr-serverless", "residency", "cloud-status", "cloud-down")
+TARGETS = (
+    *("wheelhouse", "cloud-check", "cloud-up", "repro on emr", "repro on emr-serverless"),
+    *("residency", "cloud-status", "cloud-down"),
+)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -323,7 +337,7 @@ def test_emr_may_not_delete_its_endpoint_so_that_cloud_down_has_to() -> None:
     assert not may_emr("ec2:DeleteVpcEndpoints", ec2("vpc-endpoint"), **tagged("Resource", LABEL | {"Name": endpoint.NAME}))
 
 
-@pytest.mark.parametrize("service", [*infrastructure.LINKED, infrastructure.LINKED_SERVERLESS])
+@pytest.mark.parametrize("service", infrastructure.linked_roles(is_serverless=True))
 def test_emr_may_not_make_the_roles_of_aws_so_that_cloud_setup_has_to(service: str) -> None:
     role = f"arn:aws:iam::{ACCOUNT}:role/aws-service-role/{service}/AWSServiceRoleForIt"
     assert not may_emr("iam:CreateServiceLinkedRole", role, **{"iam:AWSServiceName": service})

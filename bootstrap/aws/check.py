@@ -15,16 +15,10 @@ from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from bootstrap.aws import cloud, cluster, cost, quotas, residency, wheelhouse
+from bootstrap.aws import cloud, cluster, cost, infrastructure, quotas, residency, wheelhouse
 
 # By the beginning of a release's name: the port by which the nodes reach EMR, in the group ServiceAccessSecurityGroup.
 PORTS = {"emr-spark-": 443, "emr-7.": 9443}
-# Roles of AWS itself, by the service that they are for. EMR may not make them.
-LINKED = {
-    "spot.amazonaws.com": "AWSServiceRoleForEC2Spot",
-    "elasticmapreduce.amazonaws.com": "AWSServiceRoleForEMRCleanup",
-}
-LINKED_OF_SERVERLESS = {"ops.emr-serverless.amazonaws.com": "AWSServiceRoleForAmazonEMRServerless"}
 DAYS = 365  # after which prices.yaml is too old to tell what a cluster costs
 
 
@@ -104,7 +98,7 @@ def check_roles(project: Project) -> str:
     profile = iam.get_instance_profile(InstanceProfileName=outputs["InstanceProfile"])["InstanceProfile"]
     if not profile["Roles"]:
         raise SystemExit(f"the nodes' instance profile {outputs['InstanceProfile']} has no role: `make cloud-setup`")
-    linked = LINKED | (LINKED_OF_SERVERLESS if "ServerlessApplication" in outputs else {})
+    linked = infrastructure.linked_roles(is_serverless="ServerlessApplication" in outputs)
     for service, name in linked.items():
         try:
             iam.get_role(RoleName=name)

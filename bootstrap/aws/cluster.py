@@ -163,6 +163,7 @@ def values(settings: dict[str, Any], outputs: Mapping[str, str], release: str) -
         "Region": settings["region"],
         "Wheelhouse": f"s3://{outputs['Bucket']}/{wheels}",
         **units(settings["executors"]),
+        "Cores": str(UNIT * settings["executors"]),  # a property of a configuration is a text
     }
 
 
@@ -180,7 +181,6 @@ def units(executors: int) -> dict[str, int]:
     on_demand = core if executors > 1 else 0  # so that one executor fits into the quotas of a new account
     return {
         "Executors": executors,
-        "Cores": UNIT * executors,
         "Core": core,
         "CoreOnDemand": on_demand,
         "CoreOnSpot": core - on_demand,

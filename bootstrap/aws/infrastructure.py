@@ -7,7 +7,7 @@ usage: python -m bootstrap.aws.infrastructure up              as often as you li
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ from bootstrap.aws import cloud, endpoint, residency
 
 TEMPLATE = Path(__file__).with_name("infrastructure.yaml")
 WAIT = 3  # seconds between two requests
-# Whose service-linked roles a cluster with spot nodes needs. EMR's own role may not make them.
-LINKED = ("spot.amazonaws.com", "ec2fleet.amazonaws.com", "elasticmapreduce.amazonaws.com")
-LINKED_SERVERLESS = "ops.emr-serverless.amazonaws.com"
+# Roles of AWS itself that a cluster with spot nodes needs, by the service that acts in them. EMR may not make them.
+LINKED = {
+    "spot.amazonaws.com": "AWSServiceRoleForEC2Spot",
+    "ec2fleet.amazonaws.com": "AWSServiceRoleForEC2Fleet",
+    "elasticmapreduce.amazonaws.com": "AWSServiceRoleForEMRCleanup",
+}
+LINKED_OF_SERVERLESS = {"ops.emr-serverless.amazonaws.com": "AWSServiceRoleForAmazonEMRServerless"}
 
 
 def main(argv: list[str]) -> None:
@@ -69,9 +73,8 @@ def up(settings: dict[str, Any]) -> None:
         end = follow(cloudformation, made["StackId"], seen)
         if end not in ("CREATE_COMPLETE", "UPDATE_COMPLETE", "IMPORT_COMPLETE"):
             raise SystemExit(f"infrastructure: stack {name} in {region} is {end}; the reason is above, where it says FAILED")
-    serverless = settings["parameters"].get("Serverless") == "true"
-    link_roles(cloud.client("iam", region), [*LINKED, *([LINKED_SERVERLESS] if serverless else [])])
     outputs = cloud.outputs(settings)
+    link_roles(cloud.client("iam", region), linked_roles(is_serverless="ServerlessApplication" in outputs))
     print("\n".join(f"{key:28} {value}" for key, value in sorted(outputs.items())))
     if not cloud.client("ec2", region).get_ebs_encryption_by_default()["EbsEncryptionByDefault"]:
         command = f"aws ec2 enable-ebs-encryption-by-default --region {region}"
@@ -118,7 +121,12 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         print(f'  .venv/bin/python -c "import boto3; {deletion}"')
 
 
-def link_roles(iam: Any, services: list[str]) -> None:
+def linked_roles(is_serverless: bool) -> dict[str, str]:
+    """Return the names of the roles of AWS itself that the stack needs, by the service that acts in them."""
+    return LINKED | (LINKED_OF_SERVERLESS if is_serverless else {})
+
+
+def link_roles(iam: Any, services: Iterable[str]) -> None:
     """Make the roles by which these services of AWS act in the account, once in an account's life; they cost nothing."""
     for service in services:
         try:
