@@ -14,6 +14,7 @@ allows none, no disk is full.
 
 import argparse
 import itertools
+import json
 import os
 import random
 import re
@@ -34,7 +35,8 @@ from tests.helpers import PIPELINE, PYTHON, ROOT, copy_repository, environment_o
 
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 PATIENCE = 300  # seconds that a run may take; one that takes longer hangs
-LARGE, MARGIN = "4g", 24 * 2**20  # a disk that is never full; the most bytes that are free on one that will be
+LARGE = "size=4g,nr_inodes=1000000"  # of a disk that is never full
+MARGIN = 24 * 2**20  # the most bytes that are free on a disk that will be full
 # What finds damage that nothing else can see: in DVC's cache, and in outputs whose times are as before.
 VERIFY = "reports.verify"
 LABELS, PER_LABEL, DELIVERED = ("Kiwi", "Lemon", "Plum"), 8, 3
@@ -53,7 +55,7 @@ OTHER_PARAMETERS = (
 )
 # A line that says, in our words or in DVC's, what is wrong. DVC's own first line says no more than which stage failed.
 CLEAR = re.compile(rf"^(?:submit|params\.yaml|{'|'.join(PIPELINE)}): \S.{{20,}}", re.MULTILINE)
-DVCS = re.compile(r"^ERROR: (?!failed to reproduce).*(?:busy|[Ll]ock|No space left).*", re.MULTILINE)
+DVCS = re.compile(r"^ERROR: .*(?:is busy|Unable to acquire lock|No space left).*", re.MULTILINE)
 TRACE = re.compile(r"^Traceback \(most recent call last\)|^\s+at [\w.$]+\(.*\)$", re.MULTILINE)
 COMMAND = re.compile(r"`((?:dvc|git|rm|make) [^`]+)`")
 
@@ -71,6 +73,7 @@ class Round:
         self.log = logs / f"seed-{seed}-round-{number}"
         self.done: list[str] = []
         self.n_runs = 0
+        self.seconds = 20.0  # that a run of what is due takes, about
         run("cp", "-a", str(reference), str(self.folder), cwd=place)
 
     def say(self, what: str) -> None:
@@ -101,6 +104,8 @@ class Round:
         first = self.random.randrange(len(DUE))
         names = [*DUE[first : first + self.random.randint(1, n)]]
         self.forget(*names)
+        stages = json.loads((self.folder / "reports/runtime.json").read_text())["stages"]
+        self.seconds = 3 + sum(1.5 + stage["seconds"] for stage in stages if stage["stage"] in names)
         if "featurize" in names and self.random.random() < 0.5:
             shutil.rmtree(self.folder / ".dvc/tmp/feature-cache")
             names += ["the feature cache"]
@@ -110,14 +115,18 @@ class Round:
     def forget(self, *stages: str, folder: Path | None = None) -> None:
         """Delete the outputs of stages, here and in DVC's cache."""
         folder = folder or self.folder
-        lock = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+        locks = [
+            yaml.safe_load((each / "dvc.lock").read_text())["stages"] for each in (self.reference, grown(self.reference))
+        ]
         for name in stages:
             remove(folder / OUTS[name])
-            md5 = lock[name]["outs"][0]["md5"]
-            remove(folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:])
+            for lock in locks:
+                md5 = lock[name]["outs"][0]["md5"]
+                remove(folder / ".dvc/cache/files/md5" / md5[:2] / md5[2:])
 
-    def moment(self, longest: float = 20.0) -> float:
-        return round(self.random.uniform(0.5, longest), 1)
+    def moment(self, share: float = 1.0) -> float:
+        """Choose a moment of the run, or of its first part: seconds after its start."""
+        return round(self.random.uniform(0.5, share * self.seconds), 1)
 
 
 class Run:
@@ -182,7 +191,7 @@ def fill_disk(round_: Round) -> None:
     running = round_.start("dvc", "repro")
     status = running.wait()
     round_.say(f"a disk with {free:,} {what} free, on which the run ended with status {status}")
-    mount(round_.place, f"size={LARGE},nr_inodes=0")
+    mount(round_.place, LARGE)
     if status and not re.search(r"disk is full|No space left|ENOSPC|database or disk is full", running.said()):
         raise Wrong("on a full disk, the run says nothing of it")
 
@@ -241,7 +250,7 @@ def hurt(round_: Round, path: Path, keeps_times: bool = False) -> None:
 def deliver(round_: Round) -> None:
     """Copy photographs into the collection, byte by byte, while the run works."""
     round_.forget("ingest")
-    moment, gap = round_.moment(15), round_.random.uniform(0.05, 2)
+    moment, gap = round_.moment(0.7), round_.random.uniform(0.05, 2)
     running = round_.start("dvc", "repro")
     time.sleep(moment)
     for path in below(round_.reference.parent / "delivery"):
@@ -254,13 +263,13 @@ def deliver(round_: Round) -> None:
                 file.flush()
                 time.sleep(gap)
     round_.say(f"ingest due again; {DELIVERED} photographs came after {moment} s; the run ended with {running.wait()}")
-    round_.reference = grow(round_.reference)
+    round_.reference = grown(round_.reference)
 
 
 def run_twice(round_: Round) -> None:
     """Start two runs in one folder."""
     round_.make_due()
-    delay = round_.moment(6)
+    delay = round_.moment(0.3)
     one = round_.start("dvc", "repro")
     time.sleep(delay)
     two = round_.start("dvc", "repro")
@@ -282,7 +291,7 @@ def share_cache(round_: Round) -> None:
     elif state == "damaged":
         for path in (path for path in below(cache) if path.suffix == ".parquet" and round_.random.random() < 0.7):
             hurt(round_, path)
-    delay = round_.moment(2)
+    delay = round_.moment(0.1)
     folders = (round_.folder, other)
     runs = []
     for folder in folders:
@@ -331,7 +340,7 @@ FAULTS: dict[str, Callable[[Round], None]] = {
 
 def settle(round_: Round) -> str:
     """Let `dvc repro` run, at most twice, do what its error says, and say how it ended."""
-    errors = []
+    errors: list[str] = []
     for _ in range(2):
         running = round_.start("dvc", "repro")
         if running.wait() == 0:
@@ -400,7 +409,7 @@ def below(place: Path) -> list[Path]:
 
 
 def make_reference(folder: Path) -> Path:
-    """Make a project with a few photographs and run it; make a delivery beside it. What is there already is kept."""
+    """Make a project with a few photographs and run it, alone and with a delivery. What is there already is kept."""
     reference = folder / "reference"
     if reference.exists():
         return reference
@@ -422,22 +431,20 @@ def make_reference(folder: Path) -> Path:
     run("dvc", "repro", cwd=partial, **own)
     run("git", "add", "--all", cwd=partial)
     run("git", "commit", "--quiet", "-m", "First", cwd=partial)
+    later = grown(reference)
+    shutil.rmtree(later, ignore_errors=True)
+    run("cp", "-a", str(partial), str(later), cwd=folder)
+    shutil.copytree(folder / "delivery", later / MINE, dirs_exist_ok=True)
+    run("dvc", "repro", cwd=later, **own)
+    # With both runs in its cache, a project computes what is due, and no more.
+    shutil.copytree(later / ".dvc/cache", partial / ".dvc/cache", dirs_exist_ok=True)
     partial.rename(reference)
     return reference
 
 
-def grow(reference: Path) -> Path:
-    """Make the project with the delivery, undisturbed."""
-    grown = reference.with_name("grown")
-    if not grown.exists():
-        partial = reference.with_name("grown.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        run("cp", "-a", str(reference), str(partial), cwd=reference)
-        shutil.copytree(reference.parent / "delivery", partial / MINE, dirs_exist_ok=True)
-        own = {"DVC_SITE_CACHE_DIR": str(reference.parent / "site"), "SPARK_MASTER": "local[2]"}
-        run("dvc", "repro", cwd=partial, **own)
-        partial.rename(grown)
-    return grown
+def grown(reference: Path) -> Path:
+    """Return the project that has run with the delivery, too."""
+    return reference.with_name("grown")
 
 
 @contextmanager
@@ -445,7 +452,7 @@ def disk(folder: Path) -> Iterator[Path]:
     """Yield an empty folder, on a disk of its own where that is possible; end what still works in it."""
     folder.mkdir(parents=True)
     if os.environ.get("CHAOS_NAMESPACE"):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={LARGE},nr_inodes=0", "chaos", str(folder)], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", LARGE, "chaos", str(folder)], check=True)
     try:
         yield folder
     finally:
