@@ -36,7 +36,6 @@ from tests.helpers import PIPELINE, PYTHON, ROOT, copy_repository, environment_o
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 PATIENCE = 300  # seconds that a run may take; one that takes longer hangs
 LARGE = "size=4g,nr_inodes=1000000"  # of a disk that is never full
-MARGIN = 24 * 2**20  # the most bytes that are free on a disk that will be full
 # What finds damage that nothing else can see: in DVC's cache, and in outputs whose times are as before.
 VERIFY = "reports.verify"
 LABELS, PER_LABEL, DELIVERED = ("Kiwi", "Lemon", "Plum"), 8, 3
@@ -179,21 +178,29 @@ def fill_disk(round_: Round) -> None:
         round_.say("no disk to fill here: the system allows no namespace")
         return
     round_.make_due()
-    free, what = round_.random.randrange(MARGIN), round_.random.choice(("bytes", "files"))
-    disk = os.statvfs(round_.place)
-    if what == "bytes":
-        free >>= round_.random.randrange(10)  # small numbers too
-        limit = f"size={(disk.f_blocks - disk.f_bfree) * disk.f_frsize + free + 2**16}"
-    else:
-        free = round_.random.randrange(200)
-        limit = f"nr_inodes={disk.f_files - disk.f_ffree + free}"
-    mount(round_.place, limit)
+    what, moment = round_.random.choice(("bytes", "files")), round_.random.choice((0, round_.moment(0.8)))
+    free = round_.random.randrange(2 ** round_.random.randint(10, 24)) if what == "bytes" else round_.random.randrange(60)
+    if not moment:
+        leave_free(round_.place, what, free)
     running = round_.start("dvc", "repro")
+    if moment:
+        time.sleep(moment)
+        leave_free(round_.place, what, free)
     status = running.wait()
-    round_.say(f"a disk with {free:,} {what} free, on which the run ended with status {status}")
+    round_.say(f"a disk with {free:,} {what} free from {moment} s on; the run ended with status {status}")
     mount(round_.place, LARGE)
     if status and not re.search(r"disk is full|No space left|ENOSPC|database or disk is full", running.said()):
         raise Wrong("on a full disk, the run says nothing of it")
+
+
+def leave_free(folder: Path, what: str, free: int) -> None:
+    """Make a disk so small that so many bytes or files are free on it."""
+    while True:
+        disk = os.statvfs(folder)
+        used_bytes, used_files = (disk.f_blocks - disk.f_bfree) * disk.f_frsize, disk.f_files - disk.f_ffree
+        with suppress(subprocess.CalledProcessError):  # more is used already
+            mount(folder, f"size={used_bytes + free}" if what == "bytes" else f"nr_inodes={used_files + free}")
+            return
 
 
 def damage(round_: Round) -> None:
@@ -211,8 +218,9 @@ def damage(round_: Round) -> None:
     if not can_verify:
         del kinds["DVC's cache"]
     kind = round_.random.choice([*kinds])
-    if kind == "feature cache" and "featurize" not in names:
-        round_.forget("featurize")
+    for reader, read in (("featurize", "feature cache"), ("reduce", "archive of classes")):
+        if kind == read and reader not in names:
+            round_.forget(reader)
     files = sorted({path for each in kinds[kind] for found in round_.folder.glob(each) for path in below(found)})
     is_silent = kind == "DVC's cache" or (can_verify and round_.random.random() < 0.5)
     for path in round_.random.sample(files, min(len(files), round_.random.randint(1, 3))):
@@ -469,7 +477,7 @@ def is_own_disk(folder: Path) -> bool:
 
 
 def mount(folder: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True, capture_output=True)
 
 
 def play(seed: int, number: int, folder: Path) -> bool:
