@@ -55,7 +55,7 @@ OTHER_PARAMETERS = (
 # A line that says, in our words or in DVC's, what is wrong. DVC's own first line says no more than which stage failed.
 CLEAR = re.compile(rf"^(?:submit|params\.yaml|{'|'.join(PIPELINE)}): \S.{{20,}}", re.MULTILINE)
 DVCS = re.compile(r"^ERROR: .*(?:is busy|Unable to acquire lock|No space left).*", re.MULTILINE)
-TRACE = re.compile(r"^Traceback \(most recent call last\)|^\s+at [\w.$]+\(.*\)$", re.MULTILINE)
+TRACE = re.compile(r"^Traceback \(most recent call last\)|^\s+at [\w.$<>/]+\(.*\)$", re.MULTILINE)
 COMMAND = re.compile(r"`((?:dvc|git|rm|make) [^`]+)`")
 
 
@@ -364,7 +364,7 @@ def settle(round_: Round) -> str:
 
 def find_error(said: str) -> str:
     """Return the line of an output that says what was wrong; an output without one, or with a trace, is Wrong."""
-    of_last_stage = said.rpartition("\n> ")[2].partition("\n")[2]
+    of_last_stage = said.rpartition("\n> ")[2].partition("\n")[2]  # each stage begins with its command
     lines = [found[0] for pattern in (CLEAR, DVCS) for found in pattern.finditer(of_last_stage)]
     if TRACE.search(said):
         raise Wrong("a run ended with a trace")
@@ -482,9 +482,7 @@ def mount(folder: Path, options: str) -> None:
 
 def play(seed: int, number: int, folder: Path) -> bool:
     """Play a round, print what was done and how it ended, and return whether it ended well."""
-    names = [*FAULTS]
-    random.Random(f"{seed} {number // len(names)}").shuffle(names)
-    fault = names[number % len(names)]
+    fault = fault_of(seed, number)
     reference, started = make_reference(folder), time.monotonic()
     (folder / "logs").mkdir(exist_ok=True)
     with disk(folder / f"disk-{seed}-{number}-{os.getpid()}") as place:
@@ -500,6 +498,13 @@ def play(seed: int, number: int, folder: Path) -> bool:
     if not is_well:
         print(f"chaos: what the runs printed: {round_.log}-*.txt\nchaos: once more: {replay(seed, number)}", flush=True)
     return is_well
+
+
+def fault_of(seed: int, number: int) -> str:
+    """Choose the kind of fault of a round: each once in as many rounds, in random order."""
+    names = [*FAULTS]
+    random.Random(f"{seed} {number // len(names)}").shuffle(names)
+    return names[number % len(names)]
 
 
 def replay(seed: int, number: int) -> str:
