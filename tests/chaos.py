@@ -1,6 +1,6 @@
 """Disturb runs of the pipeline in random ways, and check that the next run makes all well.
 
-usage: python -m tests.chaos [--minutes 10 | --rounds N] [--seed S] [--first N] [--folder FOLDER]
+usage: python -m tests.chaos [--minutes 10 | --rounds N] [--seed S] [--first N] [--fault KIND] [--folder FOLDER]
 
 Each round copies a project that has run once, makes a part of it due again, disturbs the run that computes it, and then lets
 `dvc repro` run at most twice. It must end with the dvc.lock and the files of an undisturbed run. Or it says in a line what
@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ OTHER_PARAMETERS = (
 )
 # A line that says, in our words or in DVC's, what is wrong. DVC's own first line says no more than which stage failed.
 CLEAR = re.compile(rf"^(?:submit|params\.yaml|{'|'.join(PIPELINE)}): \S.{{20,}}", re.MULTILINE)
-DVCS = re.compile(r"^ERROR: .*(?:is busy|Unable to acquire lock|No space left).*", re.MULTILINE)
+DVCS = re.compile(r"^ERROR: .*(?:is busy|Unable to acquire lock|No space left|Errno 28).*", re.MULTILINE)
 TRACE = re.compile(r"^Traceback \(most recent call last\)|^\s+at [\w.$<>/]+\(.*\)$", re.MULTILINE)
 COMMAND = re.compile(r"`((?:dvc|git|rm|make) [^`]+)`")
 
@@ -155,7 +156,7 @@ def kill(round_: Round) -> None:
 
 
 def kill_one(round_: Round, running: Run) -> None:
-    role, moment = round_.random.choice(ROLES), round_.moment()
+    role, moment = round_.random.choice(ROLES), round_.moment(0.6)
     time.sleep(moment)
     while running.process.poll() is None:
         victims = [process for process in processes(round_.folder) if role_of(process) == role]
@@ -189,7 +190,7 @@ def fill_disk(round_: Round) -> None:
     status = running.wait()
     round_.say(f"a disk with {free:,} {what} free from {moment} s on; the run ended with status {status}")
     mount(round_.place, LARGE)
-    if status and not re.search(r"disk is full|No space left|ENOSPC|database or disk is full", running.said()):
+    if status and not re.search(r"disk is full|No space left|Errno 28", running.said()):
         raise Wrong("on a full disk, the run says nothing of it")
 
 
@@ -480,9 +481,8 @@ def mount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True, capture_output=True)
 
 
-def play(seed: int, number: int, folder: Path) -> bool:
+def play(seed: int, number: int, folder: Path, fault: str) -> bool:
     """Play a round, print what was done and how it ended, and return whether it ended well."""
-    fault = fault_of(seed, number)
     reference, started = make_reference(folder), time.monotonic()
     (folder / "logs").mkdir(exist_ok=True)
     with disk(folder / f"disk-{seed}-{number}-{os.getpid()}") as place:
@@ -496,7 +496,9 @@ def play(seed: int, number: int, folder: Path) -> bool:
     took = time.monotonic() - started
     print(f"seed {seed} round {number}: {fault}: {'; '.join(round_.done)}: {end} ({took:.0f} s)", flush=True)
     if not is_well:
-        print(f"chaos: what the runs printed: {round_.log}-*.txt\nchaos: once more: {replay(seed, number)}", flush=True)
+        print(
+            f"chaos: what the runs printed: {round_.log}-*.txt\nchaos: once more: {replay(seed, number, fault)}", flush=True
+        )
     return is_well
 
 
@@ -507,8 +509,8 @@ def fault_of(seed: int, number: int) -> str:
     return names[number % len(names)]
 
 
-def replay(seed: int, number: int) -> str:
-    return f"python -m tests.chaos --seed {seed} --first {number} --rounds 1"
+def replay(seed: int, number: int, fault: str) -> str:
+    return f"python -m tests.chaos --seed {seed} --first {number} --rounds 1 --fault {shlex.quote(fault)}"
 
 
 def enter_namespace() -> None:
@@ -533,7 +535,7 @@ def main(argv: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         make_reference(folder)
         for number in itertools.count(args.first):
-            if not play(args.seed, number, folder):
+            if not play(args.seed, number, folder, args.fault or fault_of(args.seed, number)):
                 return 1
             n_played = number + 1 - args.first
             if n_played == args.rounds if args.rounds else time.monotonic() > deadline:
@@ -550,6 +552,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="play so many, whatever they take")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="of all random choices")
     parser.add_argument("--first", type=int, default=0, help="number of the first round")
+    parser.add_argument("--fault", choices=FAULTS, help="play this kind only; all of them in turn unless given")
     parser.add_argument("--folder", type=Path, help="where the undisturbed project and the logs are kept")
     return parser.parse_args(argv)
 
