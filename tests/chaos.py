@@ -67,10 +67,10 @@ class Wrong(Exception):
 class Round:
     """One round: a copy of the project, what random choices it makes, what was done."""
 
-    def __init__(self, seed: int, number: int, reference: Path, place: Path, logs: Path) -> None:
+    def __init__(self, seed: int, number: int, reference: Path, place: Path, log: Path) -> None:
         self.random = random.Random(f"{seed} {number}")
         self.reference, self.place, self.folder = reference, place, place / "repository"
-        self.log = logs / f"seed-{seed}-round-{number}"
+        self.log = log
         self.done: list[str] = []
         self.n_runs = 0
         self.seconds = 20.0  # that a run of what is due takes, about
@@ -486,7 +486,8 @@ def play(seed: int, number: int, folder: Path, fault: str) -> bool:
     reference, started = make_reference(folder), time.monotonic()
     (folder / "logs").mkdir(exist_ok=True)
     with disk(folder / f"disk-{seed}-{number}-{os.getpid()}") as place:
-        round_ = Round(seed, number, reference, place, folder / "logs")
+        name = f"seed-{seed}-round-{number}-{fault.replace(' ', '-')}"
+        round_ = Round(seed, number, reference, place, folder / "logs" / name)
         try:
             FAULTS[fault](round_)
             end = settle(round_)
