@@ -41,7 +41,6 @@ LARGE = "size=4g,nr_inodes=1000000"  # of a disk that is never full
 VERIFY = "reports.verify"
 LABELS, PER_LABEL, DELIVERED = ("Kiwi", "Lemon", "Plum"), 8, 3
 MINE = "data/mine"
-ROLES = ("dvc", "door", "java", "worker")
 OUTS = {name: stage["outs"][0] for name, stage in PIPELINE.items() if stage.get("outs")}
 # What takes work to compute, and so is worth to disturb; the rest follows anyhow.
 DUE = ("backbone", "ingest", "featurize", "neighbours", "split", "covariance", "reduce", "classify", "export")
@@ -156,20 +155,18 @@ def kill(round_: Round) -> None:
 
 
 def kill_one(round_: Round, running: Run) -> None:
-    role, moment = round_.random.choice(ROLES), round_.moment(0.6)
+    """Kill one process of a run at a random moment: dvc, the door, Java or a worker, each as likely if it is there."""
+    moment = round_.moment(0.6)
     time.sleep(moment)
-    while running.process.poll() is None:
-        victims = [process for process in processes(round_.folder) if role_of(process) == role]
-        if victims:
-            victim = round_.random.choice(sorted(victims, key=lambda process: process.pid))
-            with suppress(psutil.Error):
-                at = " ".join(re.findall(r"stages/(\w+)\.py", " ".join(victim.cmdline()))[:1])
-                victim.kill()
-                round_.say(f"kill -9 of {role}{at and f' of {at}'} after {moment} s")
-            break
-        time.sleep(0.1)
+    there = {role: process for process in processes(round_.folder) if (role := role_of(process))}
+    if running.process.poll() is not None or not there:
+        round_.say(f"nothing left to kill after {moment} s")
     else:
-        round_.say(f"no {role} to kill after {moment} s")
+        role = round_.random.choice(sorted(there))
+        with suppress(psutil.Error):
+            stages = re.findall(r"stages[./](\w+)", " ".join(there[role].cmdline()))
+            there[role].kill()
+            round_.say(f"kill -9 of {role}{f' of {stages[0]}' if stages else ''} after {moment} s")
     running.wait()
 
 
@@ -399,7 +396,7 @@ def processes(folder: Path) -> Iterator[psutil.Process]:
 
 
 def role_of(process: psutil.Process) -> str:
-    """Tell what a process is in a run, as one of ROLES; empty if none of them."""
+    """Tell what a process is in a run: dvc, door, java or worker; empty if none of them."""
     with suppress(psutil.Error):
         words = process.cmdline()
         if words and Path(words[0]).name == "java":
