@@ -176,8 +176,11 @@ def fill_disk(round_: Round) -> None:
         round_.say("no disk to fill here: the system allows no namespace")
         return
     round_.make_due()
-    what, moment = round_.random.choice(("bytes", "files")), round_.random.choice((0, round_.moment(0.8)))
-    free = round_.random.randrange(2 ** round_.random.randint(10, 24)) if what == "bytes" else round_.random.randrange(60)
+    what, moment = (
+        round_.random.choice(("bytes", "files")),
+        round_.random.choice((0, round_.moment(0.5), round_.moment(0.9))),
+    )
+    free = round_.random.randrange(2 ** round_.random.randint(10, 22)) if what == "bytes" else round_.random.randrange(30)
     if not moment:
         leave_free(round_.place, what, free)
     running = round_.start("dvc", "repro")
