@@ -54,7 +54,8 @@ OTHER_PARAMETERS = (
 )
 # A line that says, in our words or in DVC's, what is wrong. DVC's own first line says no more than which stage failed.
 CLEAR = re.compile(rf"^(?:submit|params\.yaml|{'|'.join(PIPELINE)}): \S.{{20,}}", re.MULTILINE)
-DVCS = re.compile(r"^ERROR: .*(?:is busy|Unable to acquire lock|No space left|Errno 28).*", re.MULTILINE)
+FULL = "disk is full|No space left|Errno 28|unable to open database file"  # the last by SQLite, if it can make no file
+DVCS = re.compile(rf"^ERROR: .*(?:is busy|Unable to acquire lock|{FULL}).*", re.MULTILINE)
 TRACE = re.compile(r"^Traceback \(most recent call last\)|^\s+at [\w.$<>/]+\(.*\)$", re.MULTILINE)
 COMMAND = re.compile(r"`((?:dvc|git|rm|make) [^`]+)`")
 
@@ -190,7 +191,7 @@ def fill_disk(round_: Round) -> None:
     status = running.wait()
     round_.say(f"a disk with {free:,} {what} free from {moment} s on; the run ended with status {status}")
     mount(round_.place, LARGE)
-    if status and not re.search(r"disk is full|No space left|Errno 28", running.said()):
+    if status and not re.search(FULL, running.said()):
         raise Wrong("on a full disk, the run says nothing of it")
 
 
