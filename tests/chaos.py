@@ -20,6 +20,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -531,6 +532,7 @@ def enter_namespace() -> None:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     enter_namespace()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends with this program
     deadline = time.monotonic() + 60 * args.minutes
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         folder = args.folder or Path(temporary)
