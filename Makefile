@@ -7,6 +7,9 @@ REPORT := --suspects reports/suspects data/ingested data/split data/reduced data
 HOST := 127.0.0.1
 PORT := 8490
 LABELS :=
+# And `make chaos`.
+MINUTES := 10
+SEED :=
 CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 # One lock for Linux and macOS, each processor and each Python from 3.11 on.
 LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
@@ -14,7 +17,7 @@ PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run app page add look report compare verify experiments bench test test-slow test-release lint lock cache-info cache-clear \
+.PHONY: help run app page add look report compare verify experiments bench test test-slow test-release chaos lint lock cache-info cache-clear \
   remote residency cloud-setup wheelhouse cloud-check cloud-up cloud-status cloud-down cloud-delete cloud-test check identity
 
 help: ## list the targets
@@ -71,6 +74,9 @@ test-slow: .venv/dev ## the rest: the whole pipeline, real networks, killed runs
 
 test-release: .venv/dev ## the stages under the Spark of RELEASE (emr-7.13.0 unless set), whose packages it installs
 	@python -m tests.releases $(RELEASE)
+
+chaos: .venv/dev ## kill, fill, damage: disturb runs for MINUTES=10, and check the run after each; SEED=… plays the same again
+	@python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/dev ## ruff and mypy
 	@ruff check . && ruff format --check . && mypy

@@ -34,17 +34,23 @@ OWN = "runtime"  # this stage's name
 def main(argv: list[str]) -> None:
     lock, evaluation, classifier, page, output = map(Path, argv)
     archive = Path(os.environ.get("DVC_ROOT", "."), ".dvc/tmp/runtime")  # of all experiments
-    archive.mkdir(parents=True, exist_ok=True)
-    before = {stage["stage"]: stage for stage in read_record()}
+    before = read_record()
     entries = read_lock(lock.read_text())
     check_parameters(entries)
-    stages = [find_note(name, entry, archive, before.get(name)) for name, entry in entries.items()]
-    # DVC shows no list among metrics: a diff of two runs has the sums, not a dozen lines for each stage.
-    text = json.dumps({"run": add_up(stages), "stages": stages}, indent=2) + "\n"
-    output.parent.mkdir(exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
-    partial.write_text(text)
-    partial.rename(output)
+    try:
+        archive.mkdir(parents=True, exist_ok=True)
+        stages = [find_note(name, entry, archive, before.get(name)) for name, entry in entries.items()]
+        # DVC shows no list among metrics: a diff of two runs has the sums, not a dozen lines for each stage.
+        text = json.dumps({"run": add_up(stages), "stages": stages}, indent=2) + "\n"
+        output.parent.mkdir(exist_ok=True)
+        partial.write_text(text)
+        partial.rename(output)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SystemExit(
+            f"runtime: {output} cannot be written: {error}. If the disk is full, free some space, and run again."
+        ) from error
     n_cached = sum(stage["is_cached"] for stage in stages)
     print(f"runtime: {len(stages) - n_cached} stages computed, {n_cached} taken from an earlier run")
     print(f"runtime: {figures(evaluation, classifier)}; more in {evaluation}/summary.txt")
@@ -107,22 +113,30 @@ def find_note(name: str, entry: Mapping[str, Any], archive: Path, before: Mappin
     """
     key = digest_of([json.dumps(entry, sort_keys=True)])[:16]
     note, kept = NOTES / f"{name}.json", archive / f"{name}-{key}.json"
-    if note.exists():
-        found = json.loads(note.read_text())
-        note.unlink()
-        words = found.pop("words")
-        if shlex.split(entry["cmd"])[-len(words) :] == words:
+    if found := read_note(note):
+        words = found.pop("words", None)
+        if words and shlex.split(entry["cmd"])[-len(words) :] == words:
             kept.write_text(json.dumps(found))
+            note.unlink()
             return {"stage": name, "is_cached": False, "lock": key, **found}
-    if kept.exists():
-        return {"stage": name, "is_cached": True, "lock": key, **json.loads(kept.read_text())}
+    note.unlink(missing_ok=True)
+    if found := read_note(kept):
+        return {"stage": name, "is_cached": True, "lock": key, **found}
     if before and before.get("lock") == key:
         return {**before, "is_cached": True}
     return {"stage": name, "is_cached": True, "lock": key}  # computed elsewhere, and not recorded
 
 
+def read_note(path: Path) -> dict[str, Any]:
+    """Read a note; empty if it is not there, or damaged, as by a crash: it describes a run only."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def record(job: Job, took: Mapping[str, Any]) -> None:
-    """Leave a note of what a stage took, for the record at the end of the run.
+    """Leave a note of what a stage took, for the record at the end of the run; none where it cannot be written.
 
     Parameters
     ----------
@@ -132,25 +146,26 @@ def record(job: Job, took: Mapping[str, Any]) -> None:
     """
     if not NOTES.parent.parent.is_dir():
         return  # a single stage, not one of a pipeline
-    NOTES.mkdir(parents=True, exist_ok=True)
     note = {"words": job.words, "images": count_images([*job.inputs, job.output])}
-    (NOTES / f"{job.name}.json").write_text(json.dumps(note | round_floats(took)))
+    with suppress(OSError):  # as on a full disk; the stage's output is published already
+        NOTES.mkdir(parents=True, exist_ok=True)
+        (NOTES / f"{job.name}.json").write_text(json.dumps(note | round_floats(took)))
 
 
 def estimate(job: Job, cores: int) -> float | None:
     """Estimate the seconds of work of the stage on so many cores, from what it took last; None if it never ran."""
-    last = next((stage for stage in read_record() if stage["stage"] == job.name), {})
+    last = read_record().get(job.name, {})
     if not last.get("images") or "seconds" not in last:
         return None
     return float(last["seconds"] * last["cores"] / cores * count_images(job.inputs) / last["images"])
 
 
-def read_record() -> list[dict[str, Any]]:
-    """Read what the stages of the last record took; nothing if it is not there, or damaged: it describes a run only."""
+def read_record() -> dict[str, dict[str, Any]]:
+    """Read what each stage of the last record took; nothing if it is not there, or damaged: it describes a run only."""
     try:
-        return list(json.loads(RECORD.read_text())["stages"])
+        return {stage["stage"]: dict(stage) for stage in json.loads(RECORD.read_text())["stages"]}
     except (OSError, ValueError, LookupError, TypeError):
-        return []
+        return {}
 
 
 def add_up(stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pyspark import cloudpickle
 from pyspark.sql import SparkSession
 
 from stages import covariance, featurize, ingest, neighbours, reduce
-from tests.helpers import ROOT, run
+from tests.helpers import copy_repository, run
 
 
 @pytest.fixture(scope="session")
@@ -64,15 +64,7 @@ def image_bytes() -> Callable[..., bytes]:
 def run_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository with four photographs of each film, committed, the pipeline run once. Not to be changed: see clone."""
     folder = tmp_path_factory.mktemp("once") / "repository"
-    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in files:
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    params = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(params.replace("frames: 36", "frames: 4").replace("  k: 64", "  k: 8"))
-    run("git", "init", "--quiet", cwd=folder)
-    run("make", "identity", cwd=folder)
+    copy_repository(folder, {"frames: 36": "frames: 4", "  k: 64": "  k: 8"})
     run("dvc", "repro", cwd=folder, SPARK_MASTER="local[2]")
     run("git", "add", "--all", cwd=folder)
     run("git", "commit", "--quiet", "-m", "First", cwd=folder)

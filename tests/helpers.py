@@ -30,18 +30,36 @@ SPARK_STAGES = ["ingest", "featurize", "neighbours", "covariance", "reduce"]
 def run(*command: str, cwd: Path, **environment: str) -> str:
     """Run a command as on a new machine, with nobody's settings, and return what it prints."""
     done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=os.environ
-        | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "SPARK_DRIVER_MEMORY": "1g"}
-        | {"HOME": str(cwd), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
-        | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, cwd=cwd, env=environment_of(cwd, **environment), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
+
+
+def environment_of(home: Path, **environment: str) -> dict[str, str]:
+    """Make the environment of a command as on a new machine, with nobody's settings."""
+    return (
+        os.environ
+        | {"PATH": f"{PYTHON.parent}{os.pathsep}{os.environ['PATH']}", "SPARK_DRIVER_MEMORY": "1g"}
+        | {"HOME": str(home), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+        | environment
+    )
+
+
+def copy_repository(folder: Path, changes: dict[str, str]) -> None:
+    """Copy the repository's files into a repository of its own, with changes to the text of params.yaml."""
+    files = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    params = (folder / "params.yaml").read_text()
+    for old, new in changes.items():
+        assert old in params
+        params = params.replace(old, new)
+    (folder / "params.yaml").write_text(params)
+    run("git", "init", "--quiet", cwd=folder)
+    run("make", "identity", cwd=folder)
 
 
 def forget(clone: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 from reports.delivery import experiment
-from tests.helpers import PIPELINE, SPARK_STAGES, forget, run
+from tests.helpers import PIPELINE, SPARK_STAGES, environment_of, forget, run
 
 pytestmark = pytest.mark.slow
 
@@ -75,3 +77,20 @@ def test_the_images_may_be_in_a_folder_of_any_name(clone: Path) -> None:
         if dep["path"] != "stages/ingest.py"
     )
     assert (dep["path"], dep["nfiles"]) == (str(folder), len(list((clone / folder).rglob("*.jpg"))))
+
+
+def test_a_run_after_a_killed_one_waits_for_the_stage_that_it_has_left(clone: Path) -> None:
+    parameters = clone / "params.yaml"
+    before = parameters.read_text()
+    parameters.write_text(before.replace("frames: 4", "frames: 12"))
+    killed = subprocess.Popen(["dvc", "repro", "sample"], cwd=clone, env=environment_of(clone), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (clone / "data/sample.partial").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    parameters.write_text(before.replace("frames: 4", "frames: 3"))
+    said = run("dvc", "repro", "sample", cwd=clone)
+    assert "another run is still at work in data; waiting for it to end" in said
+    assert {len(list(label.iterdir())) for label in (clone / "data/sample").iterdir()} == {2 * 3}

@@ -1,6 +1,8 @@
 """runtime.py: what a stage took, as reports/runtime.json has it."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -178,11 +180,46 @@ def test_a_file_that_is_named_as_a_table_and_is_none_is_counted_as_a_file(conten
     assert runtime.count_images(["photographs"]) == 2
 
 
-@pytest.mark.parametrize("damaged", ["", '{"run": {"sta', "[]", '{"stages": 3}', "null"])
+@pytest.mark.parametrize(
+    "damaged", ["", '{"run": {"sta', "[]", '{"stages": 3}', "null", '{"stages": [{"stbge": "reduce"}]}']
+)
 def test_a_damaged_record_is_as_none(damaged: str) -> None:
     Path("reports").mkdir()
     Path("reports/runtime.json").write_text(damaged)
-    assert runtime.read_record() == []
+    assert runtime.read_record() == {}
+
+
+@pytest.mark.parametrize("damaged", [b"", b'{"words": ["spa', b"null", b"3", b"\xff", b'{"worts": ["spark-submit"]}'])
+@pytest.mark.parametrize("place", [".dvc/tmp/took/reduce.json", ".dvc/tmp/runtime/reduce-*.json"])
+def test_a_damaged_note_is_as_none(place: str, damaged: bytes, folder: Path) -> None:
+    runtime.record(JOB, HERE)
+    if "runtime" in place:
+        end_run(reduce=f"{REDUCE} 64")
+        Path("reports/runtime.json").unlink()
+    (note,) = folder.glob(place)
+    note.write_bytes(damaged)
+    assert "seconds" not in end_run(reduce=f"{REDUCE} 64")["stages"]["reduce"]
+
+
+def fail_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_text(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+
+
+def test_a_note_that_cannot_be_written_fails_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_to_write(monkeypatch)
+    runtime.record(JOB, HERE)
+
+
+def test_a_record_that_cannot_be_written_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.record(JOB, HERE)
+    lock(reduce=f"{REDUCE} 64")
+    fail_to_write(monkeypatch)
+    with pytest.raises(SystemExit, match=r"runtime\.json cannot be written: .*No space left on device\. If the disk"):
+        runtime.main(PLACES)
+    assert list(Path("reports").glob("*")) == []
 
 
 def test_a_run_without_accuracies_ends_with_the_figures_that_it_has(capsys: pytest.CaptureFixture[str]) -> None:
