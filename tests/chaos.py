@@ -217,15 +217,12 @@ def damage(round_: Round) -> None:
         "outputs": [*OUTS.values()],
         "DVC's cache": [".dvc/cache/files"],
     }
-    can_verify = (round_.folder / VERIFY.replace(".", "/")).with_suffix(".py").exists()
-    if not can_verify:
-        del kinds["DVC's cache"]
     kind = round_.random.choice([*kinds])
     for reader, read in (("featurize", "feature cache"), ("reduce", "archive of classes")):
         if kind == read and reader not in names:
             round_.forget(reader)
     files = sorted({path for each in kinds[kind] for found in round_.folder.glob(each) for path in below(found)})
-    is_silent = kind == "DVC's cache" or (can_verify and round_.random.random() < 0.5)
+    is_silent = kind == "DVC's cache" or round_.random.random() < 0.5
     for path in round_.random.sample(files, min(len(files), round_.random.randint(1, 3))):
         hurt(round_, path, keeps_times=is_silent)
     if is_silent:

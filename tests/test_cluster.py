@@ -13,6 +13,7 @@ from botocore.validate import ParamValidator
 from moto import mock_aws
 
 from bootstrap.aws import cloud, cluster, cost, quotas, residency, wheelhouse
+from bootstrap.environment import LIKE_HASWELL
 from tests.aws import PLENTY, teach_quotas
 from tests.helpers import ROOT
 
@@ -429,3 +430,18 @@ def test_each_page_of_instances_is_read(monkeypatch: pytest.MonkeyPatch) -> None
             return [{"Instances": [{"Id": "1"}]}, {"Instances": [{"Id": "2"}]}]
 
     assert [instance["Id"] for instance in cloud.nodes(Pages(), "j-1")] == ["1", "2"]
+
+
+def test_drivers_and_executors_run_the_same_code_of_blas_and_numpy_as_this_machine() -> None:
+    of = {each["Classification"]: each for each in SETTINGS["cluster"]["Configurations"]}
+    places = [
+        of["spark-env"]["Configurations"][0]["Properties"],
+        environment_in(of["spark-defaults"]["Properties"], "spark.executorEnv."),
+        environment_in(SETTINGS["serverless"], "spark.executorEnv."),
+        environment_in(SETTINGS["serverless"], "spark.emr-serverless.driverEnv."),
+    ]
+    assert [{name: each.get(name) for name in LIKE_HASWELL} for each in places] == [LIKE_HASWELL] * 4
+
+
+def environment_in(properties: dict[str, str], prefix: str) -> dict[str, str]:
+    return {key.removeprefix(prefix): value for key, value in properties.items() if key.startswith(prefix)}
