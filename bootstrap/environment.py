@@ -21,8 +21,8 @@ OF_ARITHMETIC = (
     *("KERAS_BACKEND", "NPY_", "OPENBLAS_CORETYPE", "GLIBC_TUNABLES"),
 )
 # OpenBLAS and NumPy have code for each kind of processor, whose results differ in the last digits. Most x86 processors since
-# 2013 have what Haswell has: with its code, the stages after featurize give the same bytes on all of them. cluster.yaml has these
-# too.
+# 2013 have what Haswell has: with its code, the stages after featurize give the same bytes on all of them. cluster.yaml
+# has these too.
 LIKE_HASWELL = {
     "OPENBLAS_CORETYPE": "Haswell",
     "NPY_DISABLE_CPU_FEATURES": "AVX512F,AVX512CD,AVX512_SKX,AVX512_CLX,AVX512_CNL,AVX512_ICL,AVX512_SPR",
