@@ -432,6 +432,14 @@ def test_each_page_of_instances_is_read(monkeypatch: pytest.MonkeyPatch) -> None
     assert [instance["Id"] for instance in cloud.nodes(Pages(), "j-1")] == ["1", "2"]
 
 
+@pytest.mark.parametrize("executors", [3, 16])
+def test_a_stage_is_divided_into_as_many_tasks_as_all_executors_have_cores(executors: int) -> None:
+    settings = SETTINGS | {"executors": executors}
+    of = {each["Classification"]: each for each in cluster.request(settings, OUTPUTS, RELEASE)["Configurations"]}
+    for spark in (of["spark-defaults"]["Properties"], cluster.job_settings(settings, OUTPUTS)):
+        assert int(spark["spark.default.parallelism"]) == executors * int(spark["spark.executor.cores"])
+
+
 def test_drivers_and_executors_run_the_same_code_of_blas_and_numpy_as_this_machine() -> None:
     of = {each["Classification"]: each for each in SETTINGS["cluster"]["Configurations"]}
     places = [

@@ -22,7 +22,6 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
-import yaml
 from PIL import Image, ImageOps
 from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
@@ -283,17 +282,6 @@ def test_tasks_are_as_many_as_cores_or_a_multiple(
     assert spark.sparkContext.defaultParallelism == 2
     work = featurize.spread(images_of(spark, contents), n_distinct)
     assert work.rdd.getNumPartitions() == n_tasks
-
-
-def test_on_aws_tasks_are_as_many_as_the_cores_of_all_executors() -> None:
-    settings = yaml.safe_load((ROOT / "bootstrap/aws/cluster.yaml").read_text())
-    (spark,) = (each for each in settings["cluster"]["Configurations"] if each["Classification"] == "spark-defaults")
-    n_executors = settings["cluster"]["ManagedScalingPolicy"]["ComputeLimits"]["MaximumCapacityUnits"]
-    for conf, n in (
-        (spark["Properties"], n_executors),
-        (settings["serverless"], int(settings["serverless"]["spark.dynamicAllocation.maxExecutors"])),
-    ):
-        assert int(conf["spark.default.parallelism"]) == n * int(conf["spark.executor.cores"])
 
 
 @pytest.mark.slow
