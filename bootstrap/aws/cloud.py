@@ -1,6 +1,6 @@
 """Give all that talks to AWS its settings, clients that retry, the stack, the cluster, and errors of one line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def outputs(settings: dict[str, Any]) -> dict[str, str]:
     Raises
     ------
     SystemExit
-        the region has no such stack
+        the region has no such stack, or it is not whole: its making or its deletion goes on, or has failed
     """
     try:
         (stack,) = client("cloudformation", settings["region"]).describe_stacks(StackName=settings["stack"])["Stacks"]
@@ -52,6 +52,17 @@ def outputs(settings: dict[str, Any]) -> dict[str, str]:
             f"cloud: no stack {settings['stack']!r} in {settings['region']}. "
             "`make cloud-setup` makes it: bucket, network and roles."
         ) from None
+    state, found = stack["StackStatus"], outputs_of(stack)
+    if not found or state.startswith("DELETE"):
+        raise SystemExit(
+            f"cloud: stack {settings['stack']!r} in {settings['region']} is {state}, and not whole. `make cloud-setup` "
+            "makes it, or says what to do."
+        )
+    return found
+
+
+def outputs_of(stack: Mapping[str, Any]) -> dict[str, str]:
+    """Return the outputs of a stack, as describe_stacks returns it, by name; none if it was never whole."""
     return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
 
 
