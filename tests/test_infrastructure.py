@@ -180,7 +180,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(infrastructure, "WAIT", 0)
-    monkeypatch.setattr(residency, "require", lambda region, buckets: None)
+    monkeypatch.setattr(residency, "require", lambda region, buckets, remotes: None)
 
     monkeypatch.setattr(endpoint, "WAIT", 0)
     teach_accounts(monkeypatch)
@@ -381,7 +381,7 @@ def test_the_played_emr_refuses_a_network_in_which_nodes_cannot_report(
 def test_up_looks_at_residency_before_it_sends_anything(
     aws: None, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    def refuse(region: str, buckets: list[str]) -> None:
+    def refuse(region: str, buckets: list[str], remotes: dict[str, Any]) -> None:
         raise SystemExit(f"residency: refused {region}")
 
     monkeypatch.setattr(residency, "require", refuse)

@@ -9,11 +9,20 @@ import boto3
 import yaml
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSOError,
+    TokenRetrievalError,
+)
 
 SETTINGS = Path(__file__).with_name("cluster.yaml")
 UP = ["STARTING", "BOOTSTRAPPING", "RUNNING", "WAITING"]  # states of a cluster that runs or will run
 THREADS = 32  # requests at a time; most are of small files
+NO_KEYS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSOError, TokenRetrievalError)
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
 # A request that is throttled, or meets an error of the server, is sent again. The wait doubles each time, and is partly
 # random, so that not all requests come back at once.
@@ -108,5 +117,8 @@ def errors_in_words(who: str) -> Iterator[None]:
         code, operation = error.response["Error"]["Code"], error.operation_name
         advice = " Log in again (`aws sso login`, or new keys), and repeat the command." if code in EXPIRED else ""
         raise SystemExit(f"{who}: {operation}: {code}: {error.response['Error'].get('Message', '')}{advice}") from None
+    except NO_KEYS as error:
+        advice = "`aws sso login`, or AWS_PROFILE=… for another profile, or new keys."
+        raise SystemExit(f"{who}: {str(error).rstrip('.')}. {advice}") from None
     except (BotoCoreError, Boto3Error) as error:
         raise SystemExit(f"{who}: {error}") from None

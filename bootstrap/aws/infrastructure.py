@@ -47,7 +47,7 @@ def up(settings: dict[str, Any]) -> None:
         CloudFormation failed; the reason has been printed, and the stack is as it was before
     """
     region, name = settings["region"], settings["stack"]
-    residency.require(region, [])
+    residency.require(region, [], remotes={})  # no data is sent, and the bucket of a remote may be gone
     cloudformation = cloud.client("cloudformation", region)
     stack = settle(cloudformation, name)
     is_new = stack is None or stack["StackStatus"] == "REVIEW_IN_PROGRESS"
@@ -87,7 +87,7 @@ def down(settings: dict[str, Any], yes: bool) -> None:
         a cluster is up, the answer was not yes, a permission set has the launcher's policy, or CloudFormation failed
     """
     region, name = settings["region"], settings["stack"]
-    residency.require(region, [])
+    residency.require(region, [], remotes={})  # no data is sent, and the bucket of a remote may be gone
     cloudformation = cloud.client("cloudformation", region)
     stack = find(cloudformation, name)
     if stack is None:
