@@ -21,7 +21,7 @@ from typing import Any
 import boto3
 import yaml
 
-from bootstrap.aws import cloud, cluster, cost, infrastructure
+from bootstrap.aws import cloud, cluster, cost, infrastructure, quotas, residency
 from tests.helpers import PYTHON, ROOT, forget
 
 MINUTES = 40  # that it takes, some 15 of them with a cluster; an estimate
@@ -35,6 +35,10 @@ def main(argv: list[str]) -> int:
     settings |= {"stack": f"{settings['stack']}-test", "executors": 1}
     settings["cluster"]["Name"] += "-test"
     outputs = dict.fromkeys(re.findall(r"^  (\w+): .*Value", infrastructure.TEMPLATE.read_text(), re.M), "unknown")
+    # What can be known at once, before the run here takes its minutes.
+    residency.require(settings["region"], [], remotes={})
+    cloud.client("sts", settings["region"]).get_caller_identity()
+    quotas.require(settings["region"], cluster.vcpus(settings, outputs), settings["executors"])
     _, high = cluster.per_hour(cluster.request(settings, outputs, settings["cluster"]["ReleaseLabel"]), cost.load())
     print(
         f"56 images through the whole pipeline, here and on EMR in {settings['region']}: some {MINUTES} minutes. The "

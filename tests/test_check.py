@@ -1,5 +1,6 @@
 """check.py against AWS as tests/aws.py plays it, with the stack of infrastructure.yaml: all well, then each thing wrong."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 from moto.backends import get_backend
 
-from bootstrap.aws import check, cloud, cost, infrastructure, wheelhouse
+from bootstrap.aws import check, cloud, cluster, cost, infrastructure, wheelhouse
 from tests.aws import REGION, Aws, aws
 
 SETTINGS = cloud.settings()
@@ -115,6 +116,37 @@ def test_no_credentials(there: Aws, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "Unable to locate credentials. `aws sso login`" in wrong("credentials", capsys)
 
 
+def test_a_profile_that_does_not_exist(
+    there: Aws, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "orchard")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    said = wrong("region", capsys)
+    assert said.startswith(
+        "  region       The config profile (orchard) could not be found. `aws sso login`, or AWS_PROFILE="
+    )
+
+
+@pytest.mark.parametrize("main", [cluster.main, infrastructure.main])
+def test_who_has_no_credentials_is_told_where_they_come_from(main: Any, there: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    with pytest.raises(SystemExit, match=r"x: Unable to locate credentials\. `aws sso login`"), cloud.errors_in_words("x"):
+        main(["down"])
+
+
+def test_that_the_bucket_of_a_remote_is_gone_hinders_no_setup(there: Aws) -> None:
+    remember("s3://deleted-with-the-command-of-cloud-delete/dvc")
+    infrastructure.main(["up"])
+
+
+def test_a_stack_that_was_taken_back(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
+    get_backend("cloudformation").reset()
+    template = json.dumps({"Resources": {"Group": {"Type": "AWS::Logs::LogGroup", "Properties": {"LogGroupName": "x"}}}})
+    there.client("cloudformation").create_stack(StackName=SETTINGS["stack"], TemplateBody=template)
+    assert "and not whole. `make cloud-setup` makes it" in wrong("stack", capsys)
+
+
 def test_no_stack(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
     get_backend("cloudformation").reset()
     assert "`make cloud-setup` makes it" in wrong("stack", capsys)
@@ -131,7 +163,9 @@ def test_a_stack_without_an_output_that_is_taken_from_it(
 @pytest.mark.parametrize(("code", "fits"), [("L-1216C47A", 1), ("L-34B43A08", 3)])
 def test_a_small_quota(code: str, fits: int, there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
     there.quotas[code] = 5
-    assert f"`executors: {fits}` fits now" in wrong("quotas", capsys)
+    said = wrong("quotas", capsys)
+    assert said.startswith("  quotas       `executors: 16` of bootstrap/aws/cluster.yaml needs more vCPUs")
+    assert f"`executors: {fits}` fits now" in said
 
 
 def test_a_small_quota_of_emr_serverless(
@@ -158,7 +192,7 @@ def test_a_role_of_the_stack_is_gone(there: Aws, capsys: pytest.CaptureFixture[s
     iam.remove_role_from_instance_profile(
         InstanceProfileName=outputs["InstanceProfile"], RoleName=profile["Roles"][0]["RoleName"]
     )
-    assert "has no role: `make cloud-setup`" in wrong("roles", capsys)
+    assert "has no role: `make cloud-setup`, or" in wrong("roles", capsys)
 
 
 def test_the_bucket_is_gone(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,7 +206,18 @@ def test_the_bucket_is_gone(there: Aws, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(("release", "port"), [("emr-spark-8.0.0", 443), ("emr-7.13.0", 9443)])
 def test_a_closed_port(release: str, port: int, there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
     admit(there, 443 + 9443 - port)
-    assert f"does not admit port {port}, which {release} needs" in wrong("network", capsys, "--release", release)
+    said = wrong("network", capsys, "--release", release)
+    assert f"does not admit port {port}, which {release} needs" in said
+    # CloudFormation does not compare what there is with the template.
+    assert "`make cloud-setup`, or, if that has nothing to change, `make cloud-delete cloud-setup`" in said
+
+
+def test_a_group_that_admits_all(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
+    admit(there)
+    group = cloud.outputs(SETTINGS)["ServiceAccessSecurityGroup"]
+    everything = [{"IpProtocol": "-1", "IpRanges": [{"CidrIp": "10.20.0.0/16"}]}]
+    there.client("ec2").authorize_security_group_ingress(GroupId=group, IpPermissions=everything)
+    assert check.main([]) == 0
 
 
 def test_no_endpoint_of_s3(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from bootstrap.aws import cloud, cost
 from tests import cloud as trial
@@ -92,6 +93,23 @@ def test_it_says_what_it_costs_and_makes_nothing_unless_told(
     # A primary node, of which EMR may take the larger type, and one executor.
     dearest = cost.of_node("m6i.2xlarge", "ON_DEMAND", prices) + cost.of_node("m6i.xlarge", "ON_DEMAND", prices)
     assert f"costs {dearest:.2f} EUR an hour at most" in capsys.readouterr().out
+    assert commands == []
+
+
+def test_without_credentials_it_asks_nothing_and_runs_nothing(
+    commands: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setattr("boto3.DEFAULT_SESSION", None)
+    with pytest.raises(NoCredentialsError):
+        trial.main(["--yes"])
+    assert (commands, capsys.readouterr().out) == ([], "")
+
+
+def test_a_quota_that_is_too_small_is_told_before_anything_is_made(there: Aws, commands: list[str]) -> None:
+    there.quotas["L-34B43A08"] = 0
+    with pytest.raises(SystemExit, match="All Standard Spot Instance Requests: 4 needed, 0 allowed"):
+        trial.main(["--yes"])
     assert commands == []
 
 

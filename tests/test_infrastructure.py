@@ -13,6 +13,8 @@ import pytest
 import yaml
 from botocore.exceptions import ClientError
 from moto import mock_aws
+from moto.cloudformation import cloudformation_backends
+from moto.core import DEFAULT_ACCOUNT_ID as ACCOUNT
 from moto.iam.exceptions import InvalidInput
 from moto.iam.models import IAMBackend, Role
 
@@ -178,12 +180,18 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(infrastructure, "WAIT", 0)
-    monkeypatch.setattr(residency, "require", lambda region, buckets: None)
+    monkeypatch.setattr(residency, "require", lambda region, buckets, remotes: None)
 
     monkeypatch.setattr(endpoint, "WAIT", 0)
     teach_accounts(monkeypatch)
     with mock_aws():
         yield
+
+
+@pytest.fixture
+def stack() -> Any:
+    """Moto's stack, to set its state."""
+    return lambda: next(iter(cloudformation_backends[ACCOUNT][REGION].stacks.values()))
 
 
 @pytest.fixture
@@ -278,6 +286,50 @@ def test_a_first_attempt_that_fails_leaves_nothing_in_the_way_of_the_second(
     assert set(cloud.outputs(SETTINGS)) == OUTPUTS
 
 
+def test_after_a_first_attempt_that_could_not_be_taken_back_the_second_deletes_what_it_left(aws: None, stack: Any) -> None:
+    infrastructure.main(["up"])
+    stack().status = "ROLLBACK_FAILED"
+    infrastructure.main(["up"])
+    assert (stack().status, set(cloud.outputs(SETTINGS))) == ("CREATE_COMPLETE", OUTPUTS)
+
+
+def test_up_waits_for_the_end_of_what_another_call_does(
+    aws: None, stack: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    infrastructure.main(["up"])
+    stack().status = "UPDATE_IN_PROGRESS"
+    follow, waited = infrastructure.follow, []
+
+    def end(cloudformation: Any, stack_id: str, seen: set[str]) -> str:
+        waited.append(stack().status)
+        stack().status = "UPDATE_COMPLETE"
+        return follow(cloudformation, stack_id, seen)
+
+    monkeypatch.setattr(infrastructure, "follow", end)
+    infrastructure.main(["up"])
+    assert waited == ["UPDATE_IN_PROGRESS"]
+    assert "Stack fruits is UPDATE_IN_PROGRESS, by an earlier call or another one; waiting for it" in capsys.readouterr().out
+
+
+def test_up_sends_who_left_half_a_stack_to_its_deletion(aws: None, stack: Any) -> None:
+    infrastructure.main(["up"])
+    stack().status = "DELETE_FAILED"
+    with pytest.raises(SystemExit, match="is DELETE_FAILED; `make cloud-delete` goes on with that, then `make cloud-setup`"):
+        infrastructure.main(["up"])
+
+
+@pytest.mark.parametrize("state", ["ROLLBACK_COMPLETE", "CREATE_IN_PROGRESS", "DELETE_FAILED"])
+def test_of_a_stack_that_is_not_whole_nothing_is_taken(aws: None, stack: Any, state: str) -> None:
+    infrastructure.main(["up"])
+    if state != "DELETE_FAILED":
+        stack().output_map = {}
+    stack().status = state
+    with pytest.raises(
+        SystemExit, match=f"cloud: stack 'fruits' in eu-west-3 is {state}, and not whole. `make cloud-setup`"
+    ):
+        cloud.outputs(SETTINGS)
+
+
 def linked_roles() -> set[str]:
     """Of which services the account has the role."""
     roles = boto3.client("iam", region_name=REGION).list_roles()["Roles"]
@@ -329,7 +381,7 @@ def test_the_played_emr_refuses_a_network_in_which_nodes_cannot_report(
 def test_up_looks_at_residency_before_it_sends_anything(
     aws: None, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    def refuse(region: str, buckets: list[str]) -> None:
+    def refuse(region: str, buckets: list[str], remotes: dict[str, Any]) -> None:
         raise SystemExit(f"residency: refused {region}")
 
     monkeypatch.setattr(residency, "require", refuse)
@@ -424,6 +476,62 @@ def test_down_removes_what_emr_has_added_to_the_network(aws: None, calls: list[t
     infrastructure.main(["down", "--yes"])
     operations = [operation for operation, _ in calls]
     assert operations.index("DescribeVpcEndpoints") < operations.index("DeleteStack"), "else the stack could not be deleted"
+
+
+def test_down_again_goes_on_where_half_of_the_network_is_gone(aws: None, stack: Any) -> None:
+    infrastructure.main(["up"])
+    ec2, outputs = boto3.client("ec2", region_name=REGION), cloud.outputs(SETTINGS)
+    stack().status = "DELETE_FAILED"
+    ec2.delete_security_group(GroupId=outputs["CoreSecurityGroup"])
+    infrastructure.remove_additions_of_emr(ec2, outputs)
+    (group,) = ec2.describe_security_groups(GroupIds=[outputs["ServiceAccessSecurityGroup"]])["SecurityGroups"]
+    assert group["IpPermissions"] == []
+
+
+def test_down_takes_the_launchers_policy_from_whoever_has_it(aws: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """IAM deletes no policy that somebody has: the stack would be DELETE_FAILED."""
+    infrastructure.main(["up"])
+    iam, arn = boto3.client("iam", region_name=REGION), cloud.outputs(SETTINGS)["LauncherPolicy"]
+    iam.create_user(UserName="ana")
+    iam.create_group(GroupName="pomologists")
+    iam.create_role(RoleName="ci", AssumeRolePolicyDocument="{}")
+    iam.attach_user_policy(UserName="ana", PolicyArn=arn)
+    iam.attach_group_policy(GroupName="pomologists", PolicyArn=arn)
+    iam.attach_role_policy(RoleName="ci", PolicyArn=arn)
+    infrastructure.main(["down", "--yes"])
+    said = capsys.readouterr().out
+    assert iam.list_attached_user_policies(UserName="ana")["AttachedPolicies"] == []
+    assert iam.list_attached_group_policies(GroupName="pomologists")["AttachedPolicies"] == []
+    assert iam.list_attached_role_policies(RoleName="ci")["AttachedPolicies"] == []
+    assert "Took LauncherPolicy from user ana, group pomologists, role ci" in said
+
+
+def test_down_deletes_nothing_while_a_permission_set_has_the_launchers_policy(aws: None) -> None:
+    infrastructure.main(["up"])
+    iam, arn = boto3.client("iam", region_name=REGION), cloud.outputs(SETTINGS)["LauncherPolicy"]
+    role = "AWSReservedSSO_Pomology_0123456789abcdef"
+    iam.create_role(RoleName=role, Path="/aws-reserved/sso.amazonaws.com/", AssumeRolePolicyDocument="{}")
+    iam.attach_role_policy(RoleName=role, PolicyArn=arn)
+    with pytest.raises(SystemExit, match="Pomology has LauncherPolicy: take it out of that permission set, in IAM Identity"):
+        infrastructure.main(["down", "--yes"])
+    assert set(cloud.outputs(SETTINGS)) == OUTPUTS
+
+
+def test_down_waits_for_the_end_of_a_cluster_in_the_network(
+    aws: None, monkeypatch: pytest.MonkeyPatch, calls: list[tuple[str, dict[str, Any]]]
+) -> None:
+    infrastructure.main(["up"])
+    subnets, states = set(cloud.outputs(SETTINGS)["Subnets"].split(",")), ["TERMINATING", "TERMINATING"]
+    looks = []
+
+    def look(emr: Any, where: set[str]) -> dict[str, str]:
+        looks.append([operation for operation, _ in calls].count("DeleteStack"))
+        assert where == subnets
+        return {"j-1": states.pop()} if states else {}
+
+    monkeypatch.setattr(endpoint, "list_clusters", look)
+    infrastructure.main(["down", "--yes"])
+    assert looks == [0, 0, 0]
 
 
 def test_down_stops_the_serverless_application_and_waits(monkeypatch: pytest.MonkeyPatch) -> None:

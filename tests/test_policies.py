@@ -167,6 +167,41 @@ def test_a_cluster_is_made_with_the_projects_tag_and_only_one_with_it_can_be_end
             assert is_allowed(request, policy) is allowed, request
 
 
+@pytest.mark.parametrize("action", ["AddTags", "PutAutoTerminationPolicy", "PutManagedScalingPolicy"])
+@pytest.mark.parametrize(("project", "allowed"), [("fruits", True), ("other", False), (None, True)])
+def test_a_cluster_of_another_project_cannot_be_made_ours_or_limited(
+    action: str, project: str | None, allowed: bool
+) -> None:
+    """One without the tag can, as a new one has none yet."""
+    context = {"aws:RequestedRegion": REGION} | ({"aws:RequestTag/project": "fruits"} if action == "AddTags" else {})
+    context |= {"aws:ResourceTag/project": project} if project else {}
+    arn = f"arn:aws:elasticmapreduce:{REGION}:{ACCOUNT}:cluster/j-1"
+    request = Request(f"elasticmapreduce:{action}", arn, tuple(sorted(context.items())))
+    assert is_allowed(request, iam.policy("LauncherPolicy", iam.values("b"))) is allowed
+
+
+# What people do by hand: Spark's pages after the end, the limits of a cluster. What AWS needs beyond the calls: parts of
+# large files, the start of an application by its first job run. And what is asked for a quota that nobody ever changed.
+BEYOND = {
+    *("elasticmapreduce:CreatePersistentAppUI", "elasticmapreduce:GetPersistentAppUIPresignedURL"),
+    *("elasticmapreduce:GetAutoTerminationPolicy", "elasticmapreduce:GetManagedScalingPolicy"),
+    *("emr-serverless:GetDashboardForJobRun", "emr-serverless:StartApplication"),
+    *("s3:AbortMultipartUpload", "s3:ListMultipartUploadParts", "s3:ListBucketMultipartUploads"),
+    "servicequotas:GetAWSDefaultServiceQuota",
+}
+
+
+def test_the_launchers_policy_allows_nothing_that_no_call_needs(life: Life) -> None:
+    allowed = {
+        action
+        for statement in iam.policy("LauncherPolicy", life.values)["Statement"]
+        for action in as_list(statement["Action"])
+        if "*" not in action
+    }
+    needed = {request.action for requests in life.needed.values() for request in requests}
+    assert allowed - needed - BEYOND == set()
+
+
 @pytest.mark.parametrize(
     ("tags", "allowed"),
     [

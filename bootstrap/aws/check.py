@@ -13,12 +13,14 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError
-
 from bootstrap.aws import cloud, cluster, cost, infrastructure, quotas, residency, wheelhouse
 
 # By the beginning of a release's name: the port by which the nodes reach EMR, in the group ServiceAccessSecurityGroup.
 PORTS = {"emr-spark-": 443, "emr-7.": 9443}
+# CloudFormation compares the template with the one before, not with what there is: it sees nothing that was removed by hand.
+MEND = (
+    "`make cloud-setup`, or, if that has nothing to change, `make cloud-delete cloud-setup`, makes it anew; the bucket stays"
+)
 DAYS = 365  # after which prices.yaml is too old to tell what a cluster costs
 
 
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> int:
             with cloud.errors_in_words(name):
                 found = check(project)
         except SystemExit as wrong:
-            print(f"WRONG  {name:12} {wrong}")
+            print(f"WRONG  {name:12} {str(wrong).removeprefix(f'{name}: ')}")
             return 1
         print(f"ok     {name:12} {found}", flush=True)
     print("\nNext:  make cloud-up")
@@ -70,10 +72,8 @@ def check_region(project: Project) -> str:
 
 
 def check_credentials(project: Project) -> str:
-    try:
-        return str(project.client("sts").get_caller_identity()["Arn"])
-    except (BotoCoreError, ClientError) as error:
-        raise SystemExit(f"{error}. `aws sso login`, or AWS_PROFILE=… for another profile, or new keys.") from None
+    """Check that AWS knows who asks."""
+    return str(project.client("sts").get_caller_identity()["Arn"])
 
 
 def check_stack(project: Project) -> str:
@@ -97,7 +97,7 @@ def check_roles(project: Project) -> str:
     iam.get_role(RoleName=outputs["ServiceRole"].rpartition("/")[2])
     profile = iam.get_instance_profile(InstanceProfileName=outputs["InstanceProfile"])["InstanceProfile"]
     if not profile["Roles"]:
-        raise SystemExit(f"the nodes' instance profile {outputs['InstanceProfile']} has no role: `make cloud-setup`")
+        raise SystemExit(f"the nodes' instance profile {outputs['InstanceProfile']} has no role: {MEND}")
     linked = infrastructure.linked_roles(is_serverless="ServerlessApplication" in outputs)
     for service, name in linked.items():
         try:
@@ -122,7 +122,7 @@ def check_bucket(project: Project) -> str:
 
 def check_network(project: Project) -> str:
     """Check that nodes have addresses, a way to S3, and one to EMR."""
-    ec2, outputs, mend = project.client("ec2"), project.outputs, "`make cloud-setup` makes the network anew"
+    ec2, outputs = project.client("ec2"), project.outputs
     subnets = ec2.describe_subnets(SubnetIds=outputs["Subnets"].split(","))["Subnets"]
     free = min(subnet["AvailableIpAddressCount"] for subnet in subnets)
     if free <= project.settings["executors"]:
@@ -131,12 +131,13 @@ def check_network(project: Project) -> str:
     filters = [{"Name": "vpc-id", "Values": [subnets[0]["VpcId"]]}, {"Name": "service-name", "Values": [service]}]
     endpoints = ec2.describe_vpc_endpoints(Filters=filters)["VpcEndpoints"]
     if not [each for each in endpoints if each["State"].lower() == "available"]:
-        raise SystemExit(f"no endpoint of {service} is available in {subnets[0]['VpcId']}, so nodes cannot start; {mend}")
+        raise SystemExit(f"no endpoint of {service} is available in {subnets[0]['VpcId']}, so nodes cannot start; {MEND}")
     group = outputs["ServiceAccessSecurityGroup"]
     (found,) = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
     port = next(port for beginning, port in PORTS.items() if project.release.startswith(beginning))
-    if not any(rule["FromPort"] <= port <= rule["ToPort"] for rule in found["IpPermissions"] if "FromPort" in rule):
-        raise SystemExit(f"{group} does not admit port {port}, which {project.release} needs; {mend}")
+    # A rule for all protocols has no ports.
+    if not any(rule.get("FromPort", 0) <= port <= rule.get("ToPort", port) for rule in found["IpPermissions"]):
+        raise SystemExit(f"{group} does not admit port {port}, which {project.release} needs; {MEND}")
     return f"{len(subnets)} subnets, {free:,} addresses; S3 by {endpoints[0]['VpcEndpointId']}; EMR by port {port}"
 
 

@@ -1,6 +1,6 @@
 """Give all that talks to AWS its settings, clients that retry, the stack, the cluster, and errors of one line."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,20 @@ import boto3
 import yaml
 from boto3.exceptions import Boto3Error
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSOError,
+    TokenRetrievalError,
+)
 
 SETTINGS = Path(__file__).with_name("cluster.yaml")
 UP = ["STARTING", "BOOTSTRAPPING", "RUNNING", "WAITING"]  # states of a cluster that runs or will run
 THREADS = 32  # requests at a time; most are of small files
+NO_KEYS = (NoCredentialsError, PartialCredentialsError, ProfileNotFound, SSOError, TokenRetrievalError)
 EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired")
 # A request that is throttled, or meets an error of the server, is sent again. The wait doubles each time, and is partly
 # random, so that not all requests come back at once.
@@ -41,7 +50,7 @@ def outputs(settings: dict[str, Any]) -> dict[str, str]:
     Raises
     ------
     SystemExit
-        the region has no such stack
+        the region has no such stack, or it is not whole: its making or its deletion goes on, or has failed
     """
     try:
         (stack,) = client("cloudformation", settings["region"]).describe_stacks(StackName=settings["stack"])["Stacks"]
@@ -52,6 +61,17 @@ def outputs(settings: dict[str, Any]) -> dict[str, str]:
             f"cloud: no stack {settings['stack']!r} in {settings['region']}. "
             "`make cloud-setup` makes it: bucket, network and roles."
         ) from None
+    state, found = stack["StackStatus"], outputs_of(stack)
+    if not found or state.startswith("DELETE"):
+        raise SystemExit(
+            f"cloud: stack {settings['stack']!r} in {settings['region']} is {state}, and not whole. `make cloud-setup` "
+            "makes it, or says what to do."
+        )
+    return found
+
+
+def outputs_of(stack: Mapping[str, Any]) -> dict[str, str]:
+    """Return the outputs of a stack, as describe_stacks returns it, by name; none if it was never whole."""
     return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
 
 
@@ -97,5 +117,8 @@ def errors_in_words(who: str) -> Iterator[None]:
         code, operation = error.response["Error"]["Code"], error.operation_name
         advice = " Log in again (`aws sso login`, or new keys), and repeat the command." if code in EXPIRED else ""
         raise SystemExit(f"{who}: {operation}: {code}: {error.response['Error'].get('Message', '')}{advice}") from None
+    except NO_KEYS as error:
+        advice = "`aws sso login`, or AWS_PROFILE=… for another profile, or new keys."
+        raise SystemExit(f"{who}: {str(error).rstrip('.')}. {advice}") from None
     except (BotoCoreError, Boto3Error) as error:
         raise SystemExit(f"{who}: {error}") from None

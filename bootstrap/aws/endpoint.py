@@ -4,6 +4,7 @@ It is named emr-service-vpce, serves one cluster after the other, and is paid fo
 """
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from bootstrap.aws import cloud
@@ -26,11 +27,11 @@ def tell(settings: dict[str, Any]) -> None:
 def remove(settings: dict[str, Any]) -> None:
     """Delete them once the cluster has ended; if another cluster is up in the network, say so and keep them."""
     ec2, emr = (cloud.client(service, settings["region"]) for service in ("ec2", "emr"))
-    vpc, subnets = network(settings)
+    vpc, where = network(settings)
     if not find(ec2, vpc):
         return
     print("Waiting for the end of the cluster, some minutes, to delete the endpoint that EMR leaves behind", flush=True)
-    while clusters := list_clusters(emr, subnets):
+    while clusters := list_clusters(emr, where):
         if up := sorted(name for name, state in clusters.items() if state in cloud.UP):
             print(f"It stays, and is paid for: {', '.join(up)} may need it. End that, then `make cloud-down` again.")
             return
@@ -70,15 +71,24 @@ def network(settings: dict[str, Any]) -> tuple[str, set[str]]:
         outputs = cloud.outputs(settings)
     except SystemExit:
         return "none", set()
-    return outputs.get("Vpc", "none"), set(outputs.get("Subnets", "").split(","))
+    return outputs.get("Vpc", "none"), subnets(outputs)
 
 
-def list_clusters(emr: Any, subnets: set[str]) -> dict[str, str]:
+def subnets(outputs: Mapping[str, str]) -> set[str]:
+    return set(outputs.get("Subnets", "").split(",")) - {""}
+
+
+def find_user(emr: Any, outputs: Mapping[str, str]) -> str | None:
+    """Find the id of a cluster, of whatever name, that runs or will run in the stack's network; None if there is none."""
+    return next((each for each, state in list_clusters(emr, subnets(outputs)).items() if state in cloud.UP), None)
+
+
+def list_clusters(emr: Any, where: set[str]) -> dict[str, str]:
     """Return the states of the clusters that are up or ending in those subnets, by their ids."""
     pages = emr.get_paginator("list_clusters").paginate(ClusterStates=[*cloud.UP, "TERMINATING"])
     clusters = {}
     for cluster in (cluster for page in pages for cluster in page["Clusters"]):
-        where = emr.describe_cluster(ClusterId=cluster["Id"])["Cluster"].get("Ec2InstanceAttributes", {})
-        if subnets & {where.get("Ec2SubnetId"), *where.get("RequestedEc2SubnetIds", [])}:
+        attributes = emr.describe_cluster(ClusterId=cluster["Id"])["Cluster"].get("Ec2InstanceAttributes", {})
+        if where & {attributes.get("Ec2SubnetId"), *attributes.get("RequestedEc2SubnetIds", [])}:
             clusters[cluster["Id"]] = cluster["Status"]["State"]
     return clusters

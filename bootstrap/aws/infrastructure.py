@@ -47,13 +47,9 @@ def up(settings: dict[str, Any]) -> None:
         CloudFormation failed; the reason has been printed, and the stack is as it was before
     """
     region, name = settings["region"], settings["stack"]
-    residency.require(region, [])
+    residency.require(region, [], remotes={})  # no data is sent, and the bucket of a remote may be gone
     cloudformation = cloud.client("cloudformation", region)
-    stack = find(cloudformation, name)
-    if stack and stack["StackStatus"] == "ROLLBACK_COMPLETE":  # a first attempt that failed; it cannot be updated
-        cloudformation.delete_stack(StackName=name)
-        follow(cloudformation, stack["StackId"], set())
-        stack = None
+    stack = settle(cloudformation, name)
     is_new = stack is None or stack["StackStatus"] == "REVIEW_IN_PROGRESS"
     change = {"StackName": name, "ChangeSetName": f"setup-{time.time_ns()}"}
     made = cloudformation.create_change_set(
@@ -88,27 +84,28 @@ def down(settings: dict[str, Any], yes: bool) -> None:
     Raises
     ------
     SystemExit
-        a cluster is up, the answer was not yes, or CloudFormation failed
+        a cluster is up, the answer was not yes, a permission set has the launcher's policy, or CloudFormation failed
     """
     region, name = settings["region"], settings["stack"]
-    residency.require(region, [])
+    residency.require(region, [], remotes={})  # no data is sent, and the bucket of a remote may be gone
     cloudformation = cloud.client("cloudformation", region)
     stack = find(cloudformation, name)
     if stack is None:
         print(f"No stack {name!r} in {region}; nothing to delete.")
         return
-    try:
-        outputs = cloud.outputs(settings)
-    except SystemExit:
-        outputs = {}
-    if cluster_id := cloud.find_cluster(cloud.client("emr", region), settings["cluster"]["Name"]):
+    outputs, emr = cloud.outputs_of(stack), cloud.client("emr", region)
+    if cluster_id := cloud.find_cluster(emr, settings["cluster"]["Name"]) or endpoint.find_user(emr, outputs):
         raise SystemExit(
             f"infrastructure: cluster {cluster_id} is up, in the network of the stack. Run `make cloud-down` first."
         )
     if not yes and not cloud.confirm(f"Delete stack {name} in {region}: network, roles, everything but the bucket?"):
         raise SystemExit("infrastructure: nothing deleted")
+    if policy := outputs.get("LauncherPolicy"):
+        detach(cloud.client("iam", region), policy)
     if application := outputs.get("ServerlessApplication"):
         stop_application(cloud.client("emr-serverless", region), application)
+    while endpoint.list_clusters(emr, endpoint.subnets(outputs)):  # one that is ending still holds the network
+        time.sleep(WAIT)
     remove_additions_of_emr(cloud.client("ec2", region), outputs)
     seen = event_ids(cloudformation, stack["StackId"])
     cloudformation.delete_stack(StackName=name)
@@ -138,6 +135,57 @@ def link_roles(iam: Any, services: Iterable[str]) -> None:
             print(f"Made the role {role}, of {service}")
 
 
+def settle(cloudformation: Any, name: str) -> dict[str, Any] | None:
+    """Return the stack once it can be updated, or None if there is none: wait, and delete what a first attempt has left.
+
+    Raises
+    ------
+    SystemExit
+        its deletion has failed, now or before
+    """
+    stack = find(cloudformation, name)
+    if stack and stack["StackStatus"].endswith("_IN_PROGRESS") and stack["StackStatus"] != "REVIEW_IN_PROGRESS":
+        print(f"Stack {name} is {stack['StackStatus']}, by an earlier call or another one; waiting for it", flush=True)
+        follow(cloudformation, stack["StackId"], event_ids(cloudformation, stack["StackId"]))
+        stack = find(cloudformation, name)
+    if stack and stack["StackStatus"] in ("ROLLBACK_COMPLETE", "ROLLBACK_FAILED"):  # of a first attempt; no update is taken
+        cloudformation.delete_stack(StackName=name)
+        follow(cloudformation, stack["StackId"], event_ids(cloudformation, stack["StackId"]))
+        stack = find(cloudformation, name)
+    if stack and stack["StackStatus"] == "DELETE_FAILED":
+        raise SystemExit(
+            f"infrastructure: stack {name} is DELETE_FAILED; `make cloud-delete` goes on with that, then `make cloud-setup`"
+        )
+    return stack
+
+
+def detach(iam: Any, policy: str) -> None:
+    """Take the policy from all that have it: IAM deletes none that is attached.
+
+    Raises
+    ------
+    SystemExit
+        a permission set of IAM Identity Center has it, whose roles cannot be changed from here
+    """
+    try:
+        pages = list(iam.get_paginator("list_entities_for_policy").paginate(PolicyArn=policy))
+    except iam.exceptions.NoSuchEntityException:  # deleted already, by a call that failed later
+        return
+    kinds = {"User": iam.detach_user_policy, "Group": iam.detach_group_policy, "Role": iam.detach_role_policy}
+    found = [(kind, each[f"{kind}Name"]) for kind in kinds for page in pages for each in page[f"Policy{kind}s"]]
+    for _, name in found:
+        if name.startswith("AWSReservedSSO_"):
+            permissions = name.removeprefix("AWSReservedSSO_").rpartition("_")[0]
+            raise SystemExit(
+                f"infrastructure: nothing deleted: {permissions} has LauncherPolicy: take it out of that permission set, "
+                "in IAM Identity Center, then repeat the command"
+            )
+    for kind, name in found:
+        kinds[kind](**{f"{kind}Name": name, "PolicyArn": policy})
+    if found:
+        print("Took LauncherPolicy from", ", ".join(f"{kind.lower()} {name}" for kind, name in found))
+
+
 def stop_application(serverless: Any, application: str) -> None:
     """Stop the application, and wait for it: for a quarter of an hour after a job run, CloudFormation cannot delete it."""
     is_told = False
@@ -160,9 +208,9 @@ def remove_additions_of_emr(ec2: Any, outputs: Mapping[str, str]) -> None:
     groups = [value for key, value in outputs.items() if key.endswith("SecurityGroup")]
     if not groups:
         return
-    found = ec2.describe_security_groups(GroupIds=groups)["SecurityGroups"]
-    endpoint.delete(ec2, found[0]["VpcId"])
-    for group in found:
+    endpoint.delete(ec2, outputs["Vpc"])
+    # Not by GroupIds, which AWS refuses if one is gone, after a first deletion that failed.
+    for group in ec2.describe_security_groups(Filters=[{"Name": "group-id", "Values": groups}])["SecurityGroups"]:
         if group["IpPermissions"]:
             ec2.revoke_security_group_ingress(GroupId=group["GroupId"], IpPermissions=group["IpPermissions"])
         if group["IpPermissionsEgress"]:
