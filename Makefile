@@ -123,7 +123,7 @@ cloud-down: .venv/run ## on AWS: give the cluster back
 cloud-delete: .venv/run ## on AWS: delete what cloud-setup made, but not the bucket
 	@python -m bootstrap.aws.infrastructure down
 
-cloud-test: .venv/dev identity ## on AWS: 60 images through all of it, in a stack of its own, which it deletes; costs some EUR, asks first
+cloud-test: .venv/dev identity ## on AWS: 56 images through all of it, in a stack of its own, which it deletes; costs some EUR, asks first
 	@python -m tests.cloud
 
 identity: # DVC's experiments are commits, and git makes none of nobody
