@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
         return 0
     parameters.check(job.name, asked.inputs)
     inputs.check(job.inputs)
-    places = [job.stage, *job.inputs]
+    places = inputs.read_by(job)
     seen = inputs.look(places)
     with workplace(job) as (partial, lock):
         outcome = runner.run(job, partial, lock)
