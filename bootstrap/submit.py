@@ -86,7 +86,7 @@ def find_runner(job: Job, environment: Mapping[str, str]) -> Runner:
     SystemExit
         SPARK_TARGET is none of TARGETS
     """
-    target = environment.get("SPARK_TARGET", "local")
+    target = environment.get("SPARK_TARGET") or "local"
     if target not in TARGETS:
         raise SystemExit(f"submit: SPARK_TARGET is {target!r}; set it to one of {', '.join(TARGETS)}")
     module = importlib.import_module(TARGETS[target if job.program == "spark-submit" else "local"])

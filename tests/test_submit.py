@@ -53,6 +53,29 @@ def run(stage: Path, what: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
+def test_a_place_is_on_this_machine_also_where_a_cluster_is_configured(stage: Path) -> None:
+    site = "<configuration><property><name>fs.defaultFS</name><value>hdfs://127.0.0.1:9</value></property></configuration>"
+    (stage.parent / "core-site.xml").write_text(site)
+    done = run(stage, "end", HADOOP_CONF_DIR=str(stage.parent))
+    assert (done.returncode, (stage.parent / "out/second").is_dir()) == (0, True), done.stdout
+
+
+def test_a_spark_home_without_spark_is_told(stage: Path) -> None:
+    done = run(stage, "end", SPARK_HOME="/nonexistent/spark")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "submit: SPARK_HOME is /nonexistent/spark, where there is no Spark: unset it, and the installed one is used.\n",
+    )
+
+
+def test_an_empty_variable_is_one_that_is_not_set() -> None:
+    empty = dict.fromkeys(["FEATURE_CACHE", "SPARK_MASTER", "SPARK_DRIVER_MEMORY"], "")
+    one = job.Job("spark-submit", "stage.py", ["in"], "out", [])
+    assert local.spark_submit(one, empty) == local.spark_submit(one, {})
+    assert isinstance(submit.find_runner(one, {"SPARK_TARGET": ""}), local.Machine)
+
+
 def test_the_command_line_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "memory_mb", lambda: 8192)
     monkeypatch.setattr(local, "BOOTSTRAP", Path("/repository/bootstrap"))
