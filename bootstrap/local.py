@@ -27,6 +27,8 @@ HINTS = {
     b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
     b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out: "
     "set SPARK_MASTER=local[N], with N less than the number of cores",
+    b"failed to map segment from shared object": "Java's folder for temporary files lets no program run (noexec): name "
+    "another one, by SPARK_SUBMIT_OPTS=-Djava.io.tmpdir=FOLDER",
 } | dict.fromkeys(
     # What pyarrow and parquet-java say of a page, a file's end and its description.
     (b"CRC checksum verification failed", b"magic bytes not found", b"is not a Parquet file", b"deserialize thrift"),

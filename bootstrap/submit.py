@@ -38,6 +38,11 @@ TARGETS = {
 
 
 def main(argv: list[str]) -> int:
+    if sys.getfilesystemencoding() != "utf-8":
+        raise SystemExit(
+            f"submit: in this locale, text is {sys.getfilesystemencoding()}, and the pipeline's is UTF-8: names would be "
+            "others. Set PYTHONUTF8=1, and run again."
+        )
     dry_run = argv[:1] == ["--dry_run"]
     asked = parse(argv[dry_run:])
     job = asked._replace(inputs=parameters.look_up(asked.inputs))

@@ -69,6 +69,14 @@ def test_a_spark_home_without_spark_is_told(stage: Path) -> None:
     )
 
 
+def test_a_locale_that_is_not_utf_8_is_told_and_how_to_go_on(stage: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # any system has this one
+    done = run(stage, "end", **plain)
+    assert done.returncode == 1
+    assert "text is ascii" in done.stderr
+    assert "Set PYTHONUTF8=1" in done.stderr
+
+
 def test_an_empty_variable_is_one_that_is_not_set() -> None:
     empty = dict.fromkeys(["FEATURE_CACHE", "SPARK_MASTER", "SPARK_DRIVER_MEMORY"], "")
     one = job.Job("spark-submit", "stage.py", ["in"], "out", [])
