@@ -77,6 +77,13 @@ def test_a_locale_that_is_not_utf_8_is_told_and_how_to_go_on(stage: Path) -> Non
     assert "Set PYTHONUTF8=1" in done.stderr
 
 
+def test_a_folder_for_temporary_files_that_lets_nothing_run_is_told() -> None:
+    # As Java says it where /tmp is mounted noexec.
+    said = b"UnsatisfiedLinkError: /tmp/libsnappyjava.so: failed to map segment from shared object\n"
+    (hint,) = local.pass_on(io.BytesIO(said))
+    assert "java.io.tmpdir" in hint
+
+
 def test_an_empty_variable_is_one_that_is_not_set() -> None:
     empty = dict.fromkeys(["FEATURE_CACHE", "SPARK_MASTER", "SPARK_DRIVER_MEMORY"], "")
     one = job.Job("spark-submit", "stage.py", ["in"], "out", [])
