@@ -1,7 +1,7 @@
 """Make the environment of a stage on this machine: nothing in the user's own may change a result.
 
-Variables that choose how numbers are computed are taken away or set, without a word. Many have TF_ENABLE_ONEDNN_OPTS=0 in
-their shell, to silence TensorFlow: with it, every feature would have other last digits.
+Variables that choose how numbers are computed, or what computes them, are taken away or set, without a word. Many have
+TF_ENABLE_ONEDNN_OPTS=0 in their shell, to silence TensorFlow: with it, every feature would have other last digits.
 """
 
 import platform
@@ -20,6 +20,13 @@ OF_ARITHMETIC = (
     *("TF_", "XLA_", "ONEDNN_", "DNNL_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
     *("KERAS_BACKEND", "NPY_", "OPENBLAS_CORETYPE", "GLIBC_TUNABLES"),
 )
+# How these begin: of Python, such as other packages (PYTHONPATH) and the encoding of files; of libjpeg, the memory that an
+# image may take; of Spark, that another program computes (Spark Connect), and that it is being tested.
+OF_PROGRAMS = (
+    *("PYTHON", "JPEGMEM"),
+    *("SPARK_REMOTE", "SPARK_LOCAL_REMOTE", "SPARK_CONNECT_", "SPARK_API_MODE", "SPARK_TESTING", "SPARK_ANSI_SQL_MODE"),
+)
+HARMLESS = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")  # where a folder of code must stay as it is
 # OpenBLAS and NumPy have code for each kind of processor, whose results differ in the last digits. Most x86 processors since
 # 2013 have what Haswell has: with its code, the stages after featurize give the same bytes on all of them. cluster.yaml
 # has these too.
@@ -31,12 +38,13 @@ OF_JAVA = ("JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "_JAVA_OPTIONS", "SPARK_SUBM
 
 
 def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of every stage, with OF_ARITHMETIC set or taken away.
+    """Return the environment of every stage, with OF_ARITHMETIC and OF_PROGRAMS set or taken away.
 
-    Lines appear as they are printed, and progress bars on a terminal only.
+    Text is UTF-8 in any locale, lines appear as they are printed, and progress bars on a terminal only.
     """
-    kept = {name: value for name, value in environment.items() if not name.startswith(OF_ARITHMETIC)}
-    own = {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    taken = (*OF_ARITHMETIC, *OF_PROGRAMS)
+    kept = {name: value for name, value in environment.items() if name in HARMLESS or not name.startswith(taken)}
+    own = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
     if platform.machine() in ("x86_64", "AMD64"):
         own |= LIKE_HASWELL
     if not sys.stderr.isatty():

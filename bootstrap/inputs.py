@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from bootstrap.job import Job
 from bootstrap.parameters import load
 
 
@@ -36,19 +37,25 @@ def check(places: Iterable[str]) -> None:
                 )
 
 
-def look(places: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Note of each file of these places its size, bytes, and when it was changed, ns since 1970."""
+def read_by(job: Job) -> list[str]:
+    """List what the job reads: its file, its inputs, and what else DVC hashes for it, such as a module that stages share."""
+    entry = load("dvc.yaml").get("stages", {}).get(job.name, {})
+    return [*dict.fromkeys([job.stage, *job.inputs, *entry.get("deps", [])])]
+
+
+def look(places: Iterable[str]) -> dict[str, tuple[int, int, int]]:
+    """Note what tells DVC that a file has changed: of each file of these places the size, bytes; when changed, ns; inode."""
     seen = {}
     for place in places:
         below = (os.path.join(folder, name) for folder, _, names in os.walk(place) for name in names)
         for path in (place, *below):
             if os.path.isfile(path):
                 status = os.stat(path)
-                seen[path] = status.st_size, status.st_mtime_ns
+                seen[path] = status.st_size, status.st_mtime_ns, status.st_ino
     return seen
 
 
-def check_unchanged(stage: str, places: Iterable[str], before: Mapping[str, tuple[int, int]]) -> None:
+def check_unchanged(stage: str, places: Iterable[str], before: Mapping[str, tuple[int, int, int]]) -> None:
     """Check that the files of these places are as `look` has noted them: DVC hashes them only when the stage has ended.
 
     Raises

@@ -44,9 +44,18 @@ def check_java() -> str:
 
 
 def find_spark(environment: Mapping[str, str]) -> Path:
-    """Find the folder of Spark: SPARK_HOME, or the package of this Python."""
+    """Find the folder of Spark: SPARK_HOME, or the package of this Python.
+
+    Raises
+    ------
+    SystemExit
+        in SPARK_HOME is no Spark
+    """
     spec = importlib.util.find_spec("pyspark")
-    return Path(environment.get("SPARK_HOME") or Path(str(spec and spec.origin)).parent)
+    home = environment.get("SPARK_HOME")
+    if home and not Path(home, "bin", "spark-submit").exists():
+        raise SystemExit(f"submit: SPARK_HOME is {home}, where there is no Spark: unset it, and the installed one is used.")
+    return Path(home or Path(str(spec and spec.origin)).parent)
 
 
 class ClassArchive(NamedTuple):

@@ -27,6 +27,8 @@ HINTS = {
     b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
     b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out: "
     "set SPARK_MASTER=local[N], with N less than the number of cores",
+    b"failed to map segment from shared object": "Java's folder for temporary files lets no program run (noexec): name "
+    "another one, by SPARK_SUBMIT_OPTS=-Djava.io.tmpdir=FOLDER",
 } | dict.fromkeys(
     # What pyarrow and parquet-java say of a page, a file's end and its description.
     (b"CRC checksum verification failed", b"magic bytes not found", b"is not a Parquet file", b"deserialize thrift"),
@@ -73,14 +75,16 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
     """Return the command line of spark-submit that runs the job on this machine."""
     root = environment.get("DVC_ROOT", ".")  # DVC's experiments in temporary folders share the cache of their origin
     settings = {
-        "spark.featurize.cache": environment.get("FEATURE_CACHE", f"{root}/.dvc/tmp/feature-cache"),
+        "spark.featurize.cache": environment.get("FEATURE_CACHE") or f"{root}/.dvc/tmp/feature-cache",
+        # Places are of this machine's disks, also where HADOOP_CONF_DIR says that they are of a cluster's.
+        "spark.hadoop.fs.defaultFS": "file:///",
         "spark.ui.showConsoleProgress": str(sys.stdout.isatty()).lower(),
     }
     return [
         str(Path(sys.executable).with_name("spark-submit")),
-        *("--master", environment.get("SPARK_MASTER", "local[*]")),
+        *("--master", environment.get("SPARK_MASTER") or "local[*]"),
         *("--properties-file", str(BOOTSTRAP / "spark-defaults.conf")),
-        *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY", f"{memory_mb() // 4}m")),
+        *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY") or f"{memory_mb() // 4}m"),
         # The JVM only moves rows. Its optimizing compiler takes half of two cores, and pays only after the stage has ended.
         # Its default collector pauses less, for which each store to memory is slower; pauses do not matter here.
         *("--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"),

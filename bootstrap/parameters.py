@@ -125,7 +125,7 @@ def flags(section: Mapping[str, Any]) -> list[str]:
 
 def load(name: str) -> dict[str, Any]:
     path = Path(name)
-    return dict(yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+    return dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,11 @@ TARGETS = {
 
 
 def main(argv: list[str]) -> int:
+    if sys.getfilesystemencoding() != "utf-8":
+        raise SystemExit(
+            f"submit: in this locale, text is {sys.getfilesystemencoding()}, and the pipeline's is UTF-8: names would be "
+            "others. Set PYTHONUTF8=1, and run again."
+        )
     dry_run = argv[:1] == ["--dry_run"]
     asked = parse(argv[dry_run:])
     job = asked._replace(inputs=parameters.look_up(asked.inputs))
@@ -47,7 +52,7 @@ def main(argv: list[str]) -> int:
         return 0
     parameters.check(job.name, asked.inputs)
     inputs.check(job.inputs)
-    places = [job.stage, *job.inputs]
+    places = inputs.read_by(job)
     seen = inputs.look(places)
     with workplace(job) as (partial, lock):
         outcome = runner.run(job, partial, lock)
@@ -86,7 +91,7 @@ def find_runner(job: Job, environment: Mapping[str, str]) -> Runner:
     SystemExit
         SPARK_TARGET is none of TARGETS
     """
-    target = environment.get("SPARK_TARGET", "local")
+    target = environment.get("SPARK_TARGET") or "local"
     if target not in TARGETS:
         raise SystemExit(f"submit: SPARK_TARGET is {target!r}; set it to one of {', '.join(TARGETS)}")
     module = importlib.import_module(TARGETS[target if job.program == "spark-submit" else "local"])

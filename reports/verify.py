@@ -8,22 +8,25 @@ power, changes neither. Files that people have changed since are none of this co
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dvc.exceptions import DvcException
 from dvc.output import Output
 from dvc.repo import Repo
 from tqdm import tqdm
 
+OBJECT = re.compile(r"[0-9a-f]{32}(\.dir)?")  # any other name is that of a file which is being written, or not DVC's
 THREADS = 2 * (os.cpu_count() or 1)  # hashing waits for the disk, too
 
 
 def main() -> int:
     with Repo() as repo:
         cache, outs = repo.cache.local, [out for out in repo.index.outs if out.use_cache]
-        kept = {Path(cache.oid_to_path(oid)): oid.removesuffix(".dir") for oid in cache.all()}
+        kept = {Path(cache.oid_to_path(oid)): oid.removesuffix(".dir") for oid in cache.all() if OBJECT.fullmatch(oid)}
         there = {path: md5 for out in outs for path, md5 in files_of(out)}
         lost = [*delete_damaged(kept), *delete_damaged(there)]
         if lost:
@@ -46,7 +49,8 @@ def delete_damaged(files: dict[Path, str]) -> list[Path]:
     """Delete each file whose MD5, hexadecimal, is not this one, and return their paths, sorted."""
     with ThreadPoolExecutor(THREADS) as pool:
         found = tqdm(pool.map(md5_of, files), "hashing", total=len(files), unit=" files", disable=None, leave=False)
-        damaged = sorted(path for path, md5 in zip(files, found, strict=True) if md5 != files[path])
+        differ = [path for path, md5 in zip(files, found, strict=True) if md5 != files[path]]
+    damaged = sorted(path for path in differ if os.path.lexists(path))  # a run may have deleted others meanwhile
     for path in damaged:
         path.unlink()
     return damaged
@@ -54,16 +58,23 @@ def delete_damaged(files: dict[Path, str]) -> list[Path]:
 
 def files_of(out: Output) -> Iterator[tuple[Path, str]]:
     """Yield each file of an output that DVC takes for unchanged since it was hashed, with that MD5."""
-    for path in out.fs.find(out.fs_path):
+    for path in [out.fs_path] if os.path.isfile(out.fs_path) else out.fs.find(out.fs_path):
         _, known = out.repo.state.get(path, out.fs)
         if known:
             yield Path(path), known.value
 
 
 def md5_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+    """Hash a file's bytes: MD5, hexadecimal; empty if it is not there, or a link to what was deleted."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    except FileNotFoundError:
+        return ""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (DvcException, PermissionError) as error:
+        sys.exit(f"verify: {error}")

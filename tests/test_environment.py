@@ -27,6 +27,15 @@ CHANGE_RESULTS = {
     "KERAS_BACKEND": "jax",
     "NPY_ENABLE_CPU_FEATURES": "AVX2",
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2",
+    "PYTHONPATH": "/opt/ros/python",  # with another NumPy
+    "PYTHONWARNINGS": "error",
+    "PYTHONIOENCODING": "latin-1",
+    "PYTHONOPTIMIZE": "2",
+    "JPEGMEM": "1000",
+    "SPARK_REMOTE": "sc://localhost",
+    "SPARK_CONNECT_MODE_ENABLED": "1",
+    "SPARK_API_MODE": "connect",
+    "SPARK_TESTING": "1",
 }
 
 
@@ -58,7 +67,11 @@ def test_numpy_and_blas_take_the_code_of_haswell() -> None:
     assert done.stdout == "{'Haswell'} False True\n", done.stderr
 
 
-@pytest.mark.parametrize("name", ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HOME", "HTTPS_PROXY"])
+def test_text_is_utf_8_in_any_locale() -> None:
+    assert python_environment({"LC_ALL": "fr_FR.ISO-8859-1", "PYTHONUTF8": "0"})["PYTHONUTF8"] == "1"
+
+
+@pytest.mark.parametrize("name", ["PYTHONDONTWRITEBYTECODE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HTTPS_PROXY"])
 def test_other_variables_reach_a_stage(name: str) -> None:
     assert python_environment({name: "1"})[name] == "1"
 

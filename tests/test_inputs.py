@@ -7,6 +7,7 @@ import pytest
 from dvc.repo import Repo
 
 from bootstrap import inputs
+from bootstrap.job import Job
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_what_dvc_takes_for_the_content_of_files_is_what_ingest_lists(repository
         list(ingest.list_local(str(folder)))
 
 
-@pytest.mark.parametrize("what", ["comes", "goes", "changes", "is touched"])
+@pytest.mark.parametrize("what", ["comes", "goes", "changes", "is touched", "is another"])
 def test_a_file_that_changes_while_a_stage_is_at_work_is_told(what: str, repository: Path) -> None:
     places = ["data/mine", ".dvcignore", "nowhere"]
     before = inputs.look(places)
@@ -67,6 +68,11 @@ def test_a_file_that_changes_while_a_stage_is_at_work_is_told(what: str, reposit
             file.unlink()
         case "changes":
             file.write_text("another")
+        case "is another":  # of the same size and time, as files of one archive have
+            other = file.with_name("3.jpg").with_suffix("")
+            other.write_text("Kiwi/0.jpg")
+            os.utime(other, ns=(0, file.stat().st_mtime_ns))
+            other.replace(file)
         case _:
             os.utime(file, ns=(0, 0))
     name = "3.jpg" if what == "comes" else "2.jpg"
@@ -74,3 +80,13 @@ def test_a_file_that_changes_while_a_stage_is_at_work_is_told(what: str, reposit
         SystemExit, match=rf"1 of the files that ingest reads .* such as data/mine/Kiwi/{name}\. So its output"
     ):
         inputs.check_unchanged("ingest", places, before)
+
+
+def test_a_module_that_stages_share_is_looked_at(repository: Path) -> None:
+    (repository / "dvc.yaml").write_text("stages: {one: {cmd: x, deps: [stages/one.py, shared.py, data/mine]}}")
+    job = Job("python", "stages/one.py", ["data/mine"], "out", [])
+    assert inputs.read_by(job) == ["stages/one.py", "data/mine", "shared.py"]
+
+
+def test_a_stage_of_which_dvc_knows_nothing_reads_its_file_and_its_inputs(repository: Path) -> None:
+    assert inputs.read_by(Job("python", "one.py", ["in"], "out", [])) == ["one.py", "in"]

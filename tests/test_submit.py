@@ -53,6 +53,44 @@ def run(stage: Path, what: str, **environment: str) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
+def test_a_place_is_on_this_machine_also_where_a_cluster_is_configured(stage: Path) -> None:
+    site = "<configuration><property><name>fs.defaultFS</name><value>hdfs://127.0.0.1:9</value></property></configuration>"
+    (stage.parent / "core-site.xml").write_text(site)
+    done = run(stage, "end", HADOOP_CONF_DIR=str(stage.parent))
+    assert (done.returncode, (stage.parent / "out/second").is_dir()) == (0, True), done.stdout
+
+
+def test_a_spark_home_without_spark_is_told(stage: Path) -> None:
+    done = run(stage, "end", SPARK_HOME="/nonexistent/spark")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "submit: SPARK_HOME is /nonexistent/spark, where there is no Spark: unset it, and the installed one is used.\n",
+    )
+
+
+def test_a_locale_that_is_not_utf_8_is_told_and_how_to_go_on(stage: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # any system has this one
+    done = run(stage, "end", **plain)
+    assert done.returncode == 1
+    assert "text is ascii" in done.stderr
+    assert "Set PYTHONUTF8=1" in done.stderr
+
+
+def test_a_folder_for_temporary_files_that_lets_nothing_run_is_told() -> None:
+    # As Java says it where /tmp is mounted noexec.
+    said = b"UnsatisfiedLinkError: /tmp/libsnappyjava.so: failed to map segment from shared object\n"
+    (hint,) = local.pass_on(io.BytesIO(said))
+    assert "java.io.tmpdir" in hint
+
+
+def test_an_empty_variable_is_one_that_is_not_set() -> None:
+    empty = dict.fromkeys(["FEATURE_CACHE", "SPARK_MASTER", "SPARK_DRIVER_MEMORY"], "")
+    one = job.Job("spark-submit", "stage.py", ["in"], "out", [])
+    assert local.spark_submit(one, empty) == local.spark_submit(one, {})
+    assert isinstance(submit.find_runner(one, {"SPARK_TARGET": ""}), local.Machine)
+
+
 def test_the_command_line_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "memory_mb", lambda: 8192)
     monkeypatch.setattr(local, "BOOTSTRAP", Path("/repository/bootstrap"))

@@ -100,6 +100,41 @@ def test_what_a_person_has_changed_is_left_alone(photographs: Path) -> None:
     path.write_text("the photograph a.jpg")
 
 
+@pytest.mark.parametrize("name", ["1b/.abcDEF-123.tmp", "zz/README"])
+def test_what_is_no_object_is_left_alone(photographs: Path, name: str) -> None:
+    path = photographs / ".dvc/cache/files/md5" / name  # DVC writes an object under such a name first
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("half of a photo")
+    assert (verify(photographs).returncode, path.exists()) == (0, True)
+    path.unlink()
+
+
+def test_an_output_that_is_one_file_is_hashed_and_never_the_source_of_what_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("the labels")
+    run("dvc", "init", "--quiet", "--no-scm", cwd=tmp_path)
+    run("dvc", "config", "cache.type", "copy", cwd=tmp_path)
+    run("dvc", "add", "--quiet", "labels.csv", cwd=tmp_path)
+    (kept,) = tmp_path.glob(".dvc/cache/files/md5/*/*")
+    for path in (kept, tmp_path / "labels.csv"):
+        flip(path)
+    done = verify(tmp_path)
+    assert (done.returncode, kept.exists(), (tmp_path / "labels.csv").exists()) == (1, False, False), done.stdout
+
+
+@pytest.mark.parametrize("place", ["mine", "labels.csv"])
+def test_links_to_a_damaged_file_go_with_it(tmp_path: Path, place: str) -> None:
+    name = "mine/a.jpg" if place == "mine" else place
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("the photograph a.jpg")
+    run("dvc", "init", "--quiet", "--no-scm", cwd=tmp_path)
+    run("dvc", "config", "cache.type", "symlink", cwd=tmp_path)
+    run("dvc", "add", "--quiet", place, cwd=tmp_path)
+    flip((tmp_path / name).resolve())
+    done = verify(tmp_path)
+    assert (done.returncode, os.path.lexists(tmp_path / name)) == (1, False), done.stderr
+    assert f"  {name}\n" in done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", READERS)
 def test_a_stage_that_reads_a_flipped_bit_ends_with_what_to_do(clone: Path, stage: str, tmp_path: Path) -> None:
