@@ -14,7 +14,7 @@ PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run app page add look report compare experiments bench test test-slow test-release lint lock cache-info cache-clear \
+.PHONY: help run app page add look report compare verify experiments bench test test-slow test-release lint lock cache-info cache-clear \
   remote residency cloud-setup wheelhouse cloud-up cloud-status cloud-down cloud-delete check identity
 
 help: ## list the targets
@@ -53,6 +53,9 @@ report: .venv/run ## reports/report.html; REVISIONS="main exp-name" draws their 
 compare: .venv/run ## whether this run and that of REV are the same, but for rounding; REV, OTHER: revision, experiment, folder
 	@test -n "$(REV)" || { echo 'compare: say with which run: make compare REV=HEAD'; exit 2; }
 	@python -m reports.compare $(REV) $(OTHER)
+
+verify: .venv/run ## hash all that DVC keeps anew; deletes what is damaged, and says how to have it again
+	@python -m reports.verify
 
 experiments: .venv/run ## what was tried, side by side
 	@dvc exp show --drop '.*' --keep '(Experiment|variance.explained|nearest_neighbour.embedding|linear_probe.embedding|recognition.accuracy|reduce.k|reduce.scale)$$' --sort-by reduce.k

@@ -166,7 +166,12 @@ def canonicalize(table: Path) -> None:
     def write_again(part: Path) -> None:
         rows = pq.read_table(part, use_threads=False).replace_schema_metadata()
         pq.write_table(
-            rows, table / published_name(part.name), compression="snappy", use_dictionary=False, row_group_size=2048
+            rows,
+            table / published_name(part.name),
+            compression="snappy",
+            use_dictionary=False,
+            row_group_size=2048,
+            write_page_checksum=True,
         )
         part.unlink()
 

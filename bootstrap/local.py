@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from bootstrap.java import ClassArchive, check_java, class_archive, find_spark
+from bootstrap.environment import python_environment, spark_environment
+from bootstrap.java import ClassArchive, check_java, class_archive
 from bootstrap.job import Job, Outcome, Runner
 
 BOOTSTRAP = Path(__file__).resolve().parent
-LOGGING = (BOOTSTRAP / "log4j2.properties").as_uri()
 # Start-up messages of Java, TensorFlow and LiteRT that no log level silences, and Spark's warning of large tasks: that of
 # reduce, with 64 components of 2,048 features, is 1 MB.
 NOISE = re.compile(
@@ -27,7 +27,12 @@ HINTS = {
     b"java.lang.OutOfMemoryError": "Spark ran out of memory: set SPARK_DRIVER_MEMORY higher, such as 8g",
     b"Python worker exited unexpectedly": "a Python worker was killed, perhaps because memory ran out: "
     "set SPARK_MASTER=local[N], with N less than the number of cores",
-}
+} | dict.fromkeys(
+    # What pyarrow and parquet-java say of a page, a file's end and its description.
+    (b"CRC checksum verification failed", b"magic bytes not found", b"is not a Parquet file", b"deserialize thrift"),
+    "a table is not as it was written, perhaps by a fault of the disk: `make verify` deletes what is damaged, and says how "
+    "to have it again",
+)
 
 
 def connect() -> Runner:
@@ -85,31 +90,6 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
         job.output,
         *job.flags,
     ]
-
-
-def python_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of every stage: lines appear as they are printed, and progress bars on a terminal only."""
-    own = {"PYTHONUNBUFFERED": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    if not sys.stderr.isatty():
-        own["TQDM_DISABLE"] = "1"  # the stage writes to a pipe in any case, and cannot see where that ends
-    return {**environment, **own}
-
-
-def spark_environment(environment: Mapping[str, str], options: str = "") -> dict[str, str]:
-    """Return the environment of spark-submit and its children: JVM options, logging, places, file names in UTF-8."""
-    given = environment.get("SPARK_SUBMIT_OPTS", "")
-    own = {
-        "SPARK_CONF_DIR": "/nonexistent",  # first in the class path, where an archive of classes allows no folder
-        "SPARK_SUBMIT_OPTS": f"{given} -Dlog4j2.configurationFile={LOGGING} {options}".strip(),
-        "SPARK_HOME": str(find_spark(environment)),  # which spark-submit cannot find by itself below a folder with a blank
-        "PYSPARK_PYTHON": sys.executable,
-        "PYSPARK_DRIVER_PYTHON": sys.executable,
-        "SPARK_LOCAL_IP": "127.0.0.1",
-    }
-    # Java reads the names of files by the locale; in the plain C locale it cannot open one that has an accent.
-    if "UTF" not in (environment.get("LC_ALL") or environment.get("LC_CTYPE") or environment.get("LANG") or "").upper():
-        own["LC_ALL"] = "C.UTF-8"
-    return {**environment, **own}
 
 
 def call(command: list[str], environment: Mapping[str, str], lock: int) -> int:

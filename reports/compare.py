@@ -32,7 +32,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import yaml
 from dvc.api import DVCFileSystem
 from dvc.exceptions import DvcException
@@ -40,7 +39,7 @@ from pyarrow import fs
 from scipy.linalg import subspace_angles
 from sklearn.neighbors import NearestNeighbors
 
-from stages.analysis import hash_below
+from stages.analysis import hash_below, open_table
 
 # How far rounding can move a feature vector, as a share of its norm. Measured: 5e-6 at most of 1,008 images and the default
 # network, when oneDNN computes as for a processor without AVX and each weight is moved by its last bit; 8e-7 at most of
@@ -60,8 +59,6 @@ SLICE = 2**15  # rows at once, where the two runs have other files
 TINY = 1e-30  # nothing is divided by less
 N_NAMED = 3  # images that are named, at most
 KEYS = ["image_id", "path"]
-# Arrow's threads for reading ahead each keep the memory of files that are long done with.
-PARQUET = ds.ParquetFileFormat(default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=False))
 SAME, ROUNDING, DIFFERENT, NOT_THERE = "same bytes", "rounding", "different", "not there"
 # Of Parquet's types: less memory than Python's strings, and whole numbers stay whole where a row is missing.
 TYPES = {pa.string(): pd.StringDtype("pyarrow"), pa.int32(): pd.Int32Dtype()}
@@ -491,7 +488,7 @@ def read_bytes(run: Run, path: str) -> bytes:
 
 
 def read(run: Run, path: str, columns: list[str] | None = None, chosen: pc.Expression | None = None) -> pa.Table:
-    return ds.dataset(path, filesystem=run.files, format=PARQUET).to_table(columns, filter=chosen)
+    return open_table(path, run.files).to_table(columns, filter=chosen)
 
 
 def to_matrix(column: pa.ChunkedArray) -> np.ndarray:

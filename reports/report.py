@@ -28,12 +28,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import vl_convert
 from PIL import Image, ImageOps
 
 from bootstrap import runtime
-from stages.analysis import RECOGNISERS, SPACES, count_confusions, leak_warning, most_confused, read
+from stages.analysis import RECOGNISERS, SPACES, count_confusions, leak_warning, most_confused, open_table, read
 
 LABELLED = ("label", "image_id", "path")
 FOLDS = ("path", "fold")
@@ -293,7 +292,7 @@ def make_pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
     """Make of each path the image's label and its source, a small WebP as a data URI."""
     wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
     found = {}
-    for batch in ds.dataset(images, format="parquet").to_batches(list(PICTURES), filter=wanted, batch_size=256):
+    for batch in open_table(images).to_batches(list(PICTURES), filter=wanted, batch_size=256):
         for row in batch.to_pylist():
             with Image.open(io.BytesIO(row["content"])) as image:
                 ImageOps.exif_transpose(image, in_place=True)

@@ -68,18 +68,25 @@ class Recogniser(NamedTuple):
 # Tables
 
 
+def open_table(folder: str, file_system: Any | None = None) -> ds.Dataset:
+    """Open a folder of Parquet files. Where a page read from it is not as it was written, reading raises an OSError."""
+    # To read ahead would keep the memory of files that are long done with.
+    options = ds.ParquetFragmentScanOptions(page_checksum_verification=True, pre_buffer=False)
+    return ds.dataset(folder, filesystem=file_system, format=ds.ParquetFileFormat(default_fragment_scan_options=options))
+
+
 def read(
     folder: str, columns: Sequence[str], wanted: pc.Expression | None = None, file_system: Any | None = None
 ) -> pa.Table:
     """Read the columns of a folder of Parquet files, of the wanted rows alone."""
-    return ds.dataset(folder, filesystem=file_system, format="parquet").to_table(list(columns), filter=wanted)
+    return open_table(folder, file_system).to_table(list(columns), filter=wanted)
 
 
 def write(table: pd.DataFrame, schema: pa.Schema, folder: str | Path) -> None:
     """Write the columns of the schema as a table of one file; a column that is not there is null."""
     Path(folder).mkdir(parents=True)
     rows = pa.Table.from_pandas(table.reindex(columns=schema.names), schema, preserve_index=False)
-    pq.write_table(rows.replace_schema_metadata(), Path(folder, "part-00000.parquet"))
+    pq.write_table(rows.replace_schema_metadata(), Path(folder, "part-00000.parquet"), write_page_checksum=True)
 
 
 def hash_below(share: float) -> str:

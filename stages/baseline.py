@@ -20,7 +20,6 @@ import re
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 from tqdm import tqdm
 
 from stages.analysis import (
@@ -31,6 +30,7 @@ from stages.analysis import (
     in_both_folds,
     nearest,
     of_share,
+    open_table,
     read,
     to_matrix,
     train_and_test,
@@ -125,7 +125,7 @@ def read_sample(
     image_id, path, label, group, fold, a row an image; and its rows in the spaces features and pixels, float32 arrays of
     shapes (n_images, n_features) and (n_images, 768)
     """
-    n_rows = ds.dataset(features_folder, format="parquet").count_rows()
+    n_rows = open_table(features_folder).count_rows()
     chosen = of_share(max_images / max(n_rows, 1))
     table = read(features_folder, FEATURES, chosen)
     # One row for each distinct image: with a copy of it in the other fold, a nearest neighbour proves nothing.

@@ -37,7 +37,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
 import scipy.linalg
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import minimize_scalar
@@ -57,6 +56,7 @@ from stages.analysis import (
     fit_basis,
     hash_below,
     in_both_folds,
+    open_table,
     project,
     read,
     read_moments,
@@ -276,10 +276,8 @@ def batches(features: str, image_ids: pd.Index) -> Iterator[tuple[np.ndarray, np
     the place of each row among the image_ids, int (n_rows,), -1 if it is none of them; and the rows, float32
     (n_rows, n_features)
     """
-    # Arrow would read ahead, and keep the memory of files that are long done with.
-    options = ds.ParquetFragmentScanOptions(pre_buffer=False)
-    dataset = ds.dataset(features, format=ds.ParquetFileFormat(default_fragment_scan_options=options))
-    for batch in dataset.to_batches(list(VECTORS), batch_size=8 * ROWS, batch_readahead=1, fragment_readahead=1):
+    ahead = {"batch_readahead": 1, "fragment_readahead": 1}  # by default, Arrow holds many more batches
+    for batch in open_table(features).to_batches(list(VECTORS), batch_size=8 * ROWS, **ahead):
         if len(batch):
             yield (
                 image_ids.get_indexer(batch["image_id"].to_pylist()),

@@ -13,7 +13,7 @@ numbers; no image or feature is looked at again.
 import argparse
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, cast
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
 def read_folds(files: DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Read the fold of each distinct image: its image_id, bytes, rising, and its fold, int8, both of shape (n_images,)."""
     contents: Any = files.select("content").toPandas()  # as files: to take rows one by one takes Spark seconds more
-    table = pa.concat_tables(pq.read_table(pa.py_buffer(content), columns=IMAGES.names) for content in contents["content"])
+    table = pa.concat_tables(parse(content, IMAGES.names) for content in contents["content"])
     image_ids, first = np.unique(np.array(table["image_id"].to_pylist(), "S64"), return_index=True)
     return image_ids, table["fold"].to_numpy()[first].astype(np.int8)
 
@@ -100,7 +100,7 @@ def sum_blocks(files: DataFrame, image_ids: np.ndarray, folds: np.ndarray, max_b
         total: dict[int, Moments] = {}
         with threadpool_limits(1):
             for content in (content for batch in batches for content in batch["content"]):
-                table = pq.read_table(pa.py_buffer(content.as_buffer()), columns=FEATURES.names, use_threads=False)
+                table = parse(content.as_buffer(), FEATURES.names)
                 fold = look_up(np.array(table["image_id"].to_pylist(), "S64"), *shared.value)
                 features = to_matrix(table["features"])
                 for each in np.unique(fold).tolist():
@@ -181,6 +181,11 @@ def to_batch(keys: dict[str, int], moments: Moments, schema: T.StructType) -> pa
 
 def from_row(row: dict[str, bytes]) -> Moments:
     return Moments(int(row["n"]), np.frombuffer(row["mean"]), np.frombuffer(row["scatter"]))
+
+
+def parse(content: bytes | pa.Buffer, columns: Sequence[str]) -> pa.Table:
+    """Read the columns of a Parquet file's content. Where a page is not as it was written, an OSError is raised."""
+    return pq.read_table(pa.py_buffer(content), columns=columns, use_threads=False, page_checksum_verification=True)
 
 
 def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:

@@ -27,11 +27,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.dataset as ds
 from dvc.api import DVCFileSystem
 from scipy.stats import binom
 
-from stages.analysis import Basis, read, rounded, to_matrix
+from stages.analysis import Basis, open_table, read, rounded, to_matrix
 
 IMAGES = ("image_id", "path", "label")
 VECTORS = ("features",)
@@ -265,7 +264,7 @@ def are_too_many(n_unusual: int, n_new: int) -> bool:
 def reconstruction_errors(features: str, basis: Basis) -> np.ndarray:
     """Measure what each row of FEATURES loses by projection on the components, squared: float64, (n_rows,)."""
     errors = []
-    for batch in ds.dataset(features, format="parquet").to_batches(list(VECTORS), batch_size=ROWS):
+    for batch in open_table(features).to_batches(list(VECTORS), batch_size=ROWS):
         rows = to_matrix(batch["features"].flatten().to_numpy(), len(batch))
         scaled = (rows - basis.mean) / basis.scale
         whole = (scaled**2).sum(axis=1)

@@ -36,7 +36,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from tqdm import tqdm
 
 from stages.analysis import (
@@ -57,6 +56,7 @@ from stages.analysis import (
     most_confused,
     nearest,
     of_share,
+    open_table,
     project,
     read,
     read_moments,
@@ -261,8 +261,8 @@ def read_points(reduced: str, n_images: int) -> pd.DataFrame:
 
 def count_images(images: pd.DataFrame, ingested: str) -> dict[str, float]:
     n_labels = images.groupby("image_id")["label"].nunique()
-    n_quarantined = ds.dataset(f"{ingested}/quarantine", format="parquet").count_rows()
-    ignored = ds.dataset(f"{ingested}/ignored", format="parquet")
+    n_quarantined = open_table(f"{ingested}/quarantine").count_rows()
+    ignored = open_table(f"{ingested}/ignored")
     n_taken = len(images) + n_quarantined
     return {
         "images": len(images),

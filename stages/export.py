@@ -32,7 +32,6 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
@@ -42,7 +41,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.python.grappler import tf_optimizer
 
-from stages.analysis import between, read
+from stages.analysis import between, open_table, read
 
 COMPONENTS = ("component", "weights")
 SCALING = ("feature", "mean", "scale")
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     (output / "model.tflite").write_bytes(lite)
     (output / "web" / "model.json").write_text(topology)
     (output / "web" / "weights.bin").write_bytes(weights)
-    pq.write_table(photographs, output / "photographs.parquet")
+    pq.write_table(photographs, output / "photographs.parquet", write_page_checksum=True)
     n_images = pc.count_distinct(read(f"{args.ingested}/images", ("image_id",))["image_id"]).as_py()
     files = sorted(path for path in output.rglob("*") if path.is_file())
     about = {
@@ -408,7 +407,7 @@ def recognise(chosen: pd.DataFrame, ingested: str, wanted: dict[str, Any], model
 def read_contents(ingested: str, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
     """Read the content of these photographs, in the order of the files. No more than a row group is in memory."""
     wanted = pc.field("path").isin(paths)
-    for file in ds.dataset(f"{ingested}/images", format="parquet").get_fragments():
+    for file in open_table(f"{ingested}/images").get_fragments():
         for row_group in file.split_by_row_group():
             if row_group.count_rows(filter=wanted):
                 for row in row_group.to_table(columns=["path", "content"], filter=wanted).to_pylist():

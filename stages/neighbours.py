@@ -14,7 +14,7 @@ images.
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,9 +109,7 @@ def read_sample(files: DataFrame, last: str) -> np.ndarray:
 def read_sketches(files: DataFrame) -> tuple[np.ndarray, np.ndarray]:
     """Read the image_id of each distinct image, bytes, rising, and its sketch, float32 of shape (n_images, n_components)."""
     contents: Any = files.select("content").toPandas()  # as files: to take rows one by one takes Spark seconds more
-    table = pa.concat_tables(
-        pq.read_table(pa.py_buffer(content), columns=["image_id", "sketch"]) for content in contents["content"]
-    )
+    table = pa.concat_tables(parse(content, ["image_id", "sketch"]) for content in contents["content"])
     image_ids, first = np.unique(np.array(table["image_id"].to_pylist(), "S"), return_index=True)
     return image_ids, np.frombuffer(b"".join(table["sketch"].take(first).to_pylist()), np.float32).reshape(len(first), -1)
 
@@ -212,7 +210,7 @@ def nearest(sketches: np.ndarray, start: int, stop: int, n_neighbours: int) -> t
 def tables_of(batches: Iterable[pa.RecordBatch], columns: list[str]) -> Iterator[pa.Table]:
     """Read each file that has rows; Spark writes an empty one where a partition is empty."""
     for content in (content for batch in batches for content in batch["content"]):
-        table = pq.read_table(pa.py_buffer(content.as_buffer()), columns=columns, use_threads=False)
+        table = parse(content.as_buffer(), columns)
         if len(table):
             yield table
 
@@ -233,6 +231,11 @@ def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
     if not (is_finite := np.isfinite(matrix).all(axis=1)).all():
         raise ValueError(f"{np.sum(~is_finite)} of {len(matrix)} feature vectors are not finite")
     return matrix
+
+
+def parse(content: bytes | pa.Buffer, columns: Sequence[str]) -> pa.Table:
+    """Read the columns of a Parquet file's content. Where a page is not as it was written, an OSError is raised."""
+    return pq.read_table(pa.py_buffer(content), columns=columns, use_threads=False, page_checksum_verification=True)
 
 
 def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     # As a file, and by Arrow: to take two matrices out of rows, one by one, takes Spark seconds more.
     files: pd.DataFrame = spark.read.format("binaryFile").load(f"{args.covariance}/*.parquet").select("content").toPandas()
-    tables = [pq.read_table(pa.py_buffer(content), columns=MOMENTS.names) for content in files["content"]]
+    tables = [parse(content, MOMENTS.names) for content in files["content"]]
     n, mean, scatter = total_moments([row for table in tables for row in table.to_pylist()])
     with threadpool_limits(1):  # LAPACK's last bits depend on the number of its threads
         pca = fit(n, mean, scatter, args.scale)
@@ -125,7 +125,7 @@ def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, compone
     def project_all(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         with threadpool_limits(1):
             for content in (content for batch in batches for content in batch["content"]):
-                table = pq.read_table(pa.py_buffer(content.as_buffer()), columns=FEATURES.names, use_threads=False)
+                table = parse(content.as_buffer(), FEATURES.names)
                 if not len(table):  # Spark writes a file for its schema where a partition is empty
                     continue
                 embedding = project(to_matrix(table["features"]), *model.value)
@@ -248,6 +248,11 @@ def count_or_share(text: str) -> int | float:
     raise argparse.ArgumentTypeError(
         f"{text!r} is neither a number of components, 1 to {MAX_K:,}, nor a share of the variance, between 0 and 1"
     )
+
+
+def parse(content: bytes | pa.Buffer, columns: Sequence[str]) -> pa.Table:
+    """Read the columns of a Parquet file's content. Where a page is not as it was written, an OSError is raised."""
+    return pq.read_table(pa.py_buffer(content), columns=columns, use_threads=False, page_checksum_verification=True)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bootstrap import java, job, local, submit
+from bootstrap.environment import python_environment
 from tests.helpers import ROOT, make_archive
 
 SUBMIT = [sys.executable, "-m", "bootstrap.submit", "spark-submit"]
@@ -94,19 +95,6 @@ def test_an_unknown_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARK_TARGET", "moon")
     with pytest.raises(SystemExit, match="'moon'; set it to one of local, emr, emr-serverless"):
         submit.main(["spark-submit", "stage.py", "in", "out"])
-
-
-@pytest.mark.parametrize(
-    ("environment", "locale"),
-    [({}, "C.UTF-8"), ({"LANG": "C"}, "C.UTF-8"), ({"LC_ALL": "C", "LANG": "fr_FR.UTF-8"}, "C.UTF-8")],
-    ids=["none", "C", "C over French"],
-)
-def test_names_of_files_are_utf_8_in_any_locale(environment: dict[str, str], locale: str) -> None:
-    assert local.spark_environment(environment)["LC_ALL"] == locale
-
-
-def test_a_utf_8_locale_is_kept() -> None:
-    assert "LC_ALL" not in local.spark_environment({"LANG": "fr_FR.UTF-8"})
 
 
 def test_an_output_is_not_published_if_an_input_changed_while_the_stage_was_at_work(
@@ -204,7 +192,7 @@ def install_spark(folder: Path) -> Path:
     """Make a virtual environment that has Spark in its own folder, as pip installs it; return its Python."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (packages,) = folder.glob("lib/*/site-packages")
-    pyspark = Path(str(local.find_spark({})))
+    pyspark = Path(str(java.find_spark({})))
     (packages / "pyspark").symlink_to(pyspark)
     (packages / "others.pth").write_text(str(pyspark.parent))
     for script in ("spark-submit", "find-spark-home", "find_spark_home.py"):
@@ -217,7 +205,7 @@ def test_what_tensorflow_says_at_its_start_is_no_output_of_a_stage(
 ) -> None:
     with job.lock_folder(tmp_path) as lock:
         command = [sys.executable, "-c", "import tensorflow; print('done')"]
-        local.call(command, local.python_environment(os.environ), lock)
+        local.call(command, python_environment(os.environ), lock)
     assert capfdbinary.readouterr() == (b"done\n", b"")
 
 
@@ -227,7 +215,7 @@ def test_a_progress_bar_is_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
         command = [sys.executable, "-c", "from tqdm import tqdm; list(tqdm([1]))"]
-        done = subprocess.run(command, env=local.python_environment(os.environ), capture_output=True)
+        done = subprocess.run(command, env=python_environment(os.environ), capture_output=True)
         drawn[is_terminal] = b"1/1" in done.stderr
     assert drawn == {True: True, False: False}
 
