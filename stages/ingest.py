@@ -122,7 +122,7 @@ RAW = ("arw", "cr2", "cr3", "dng", "nef", "nrw", "orf", "pef", "raf", "raw", "rw
 SYSTEM = ("$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "system volume information", "thumbs.db")
 ARCHIVES = (".tar.zst", ".tar.gz", ".tgz", ".tar", ".zip")  # names that claim to be an archive that is read
 # Folders that tell no labels apart. The last is an archive that reports/pack.py writes.
-SUBSETS = re.compile(r"train(ing)?|tests?|testing|val|valid|validation|dev|eval|.*\.part-[0-9a-f]{8}\.zip", re.I)
+SUBSETS = re.compile(r"train(ing)?|tests?|testing|val|valid|validation|dev|eval|.*\.part-[0-9a-f]{12}\.zip", re.I)
 EXAMPLES = 10  # of files or labels that are named on screen
 TASK_BYTES = 128 * 2**20  # of files in a task
 OPEN_BYTES = 256 * 2**10  # that to open a file costs: a task has some 500 small files

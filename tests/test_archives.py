@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
+from reports import pack
 from stages import ingest
 from tests import webhdfs
 from tests.test_files import Output, Run, fill, run  # noqa: F401
@@ -590,3 +591,126 @@ def test_elsewhere_an_archive_that_spark_cannot_move_is_refused_with_both_number
         "too_large",
         f"{len(content):,} bytes; Spark moves an archive of at most 1,000: pack smaller ones",
     )
+
+
+# make pack
+
+
+def collection(folder: Path, n: int, size: int = 1000) -> None:
+    for i in range(n):
+        fill(folder, hashlib.sha256(str(i).encode()).digest() * (size // 32), f"{'ABC'[i % 3]}/{i:04}.jpg")
+
+
+def packed(folder: Path, into: Path, *flags: str) -> dict[str, str]:
+    """Pack, and tell the SHA-256 of each archive."""
+    shutil.rmtree(into, ignore_errors=True)
+    pack.main([*flags, str(folder), str(into)])
+    files = (path for path in into.rglob("*") if path.is_file())
+    return {str(path.relative_to(into)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("flags", [[], ["--by_label"]], ids=["by_delivery", "by_label"])
+def test_what_is_packed_gives_the_same_images(
+    flags: list[str],
+    run: Run,  # noqa: F811
+    photos: Path,
+    image_bytes: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
+    for i, label in enumerate(("Apple", "Pêche", "deep/Fig", "Apple")):
+        fill(photos, image_bytes(seed=i), f"{label}/{i}_100.jpg")
+    fill(photos, image_bytes(), "Apple/.hidden.jpg")
+    run()
+    ids = ids_of(tmp_path)
+    pack.main([*flags, str(photos), str(tmp_path / "packed")])
+    output = run(str(tmp_path / "packed"))
+    assert ids_of(tmp_path) == ids
+    assert output.ignored == {}
+    assert "note" not in output.text
+
+
+def test_the_same_files_are_packed_into_the_same_bytes(tmp_path: Path) -> None:
+    collection(tmp_path / "one", 50)
+    shutil.copytree(tmp_path / "one", tmp_path / "two/one")
+    for path in (tmp_path / "two").rglob("*.jpg"):
+        os.utime(path, (0, 0))
+        path.chmod(0o600)
+    assert packed(tmp_path / "one", tmp_path / "a") == packed(tmp_path / "two/one", tmp_path / "b")
+
+
+def test_what_is_packed_is_read_by_unzip(tmp_path: Path) -> None:
+    unzip = shutil.which("unzip") or pytest.skip("needs unzip")
+    collection(tmp_path / "one", 50)
+    for name in packed(tmp_path / "one", tmp_path / "a"):
+        subprocess.run([unzip, "-q", str(tmp_path / "a" / name), "-d", str(tmp_path / "out")], check=True)
+    subprocess.run(["diff", "-r", str(tmp_path / "one"), str(tmp_path / "out")], check=True)
+
+
+@pytest.mark.parametrize("flags", [[], ["--by_label"]], ids=["by_delivery", "by_label"])
+def test_a_photograph_more_or_less_changes_few_archives(flags: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    collection(folder, 600, size=50_000)
+    before = packed(folder, tmp_path / "a", "--mb", "1", *flags)
+    assert 15 < len(before) < 60
+    sizes = [path.stat().st_size for path in (tmp_path / "a").rglob("*.zip")]
+    assert max(sizes) < 4.2e6
+    fill(folder, b"another", "B/0300.5.jpg")
+    (folder / "C/0002.jpg").unlink()
+    after = packed(folder, tmp_path / "a", "--mb", "1", *flags)
+    assert 1 <= len({*after.items()} - {*before.items()}) <= 4
+
+
+def test_archives_of_a_label_are_where_the_label_was(tmp_path: Path) -> None:
+    collection(tmp_path / "one/all", 9)
+    names = packed(tmp_path / "one", tmp_path / "a", "--by_label")
+    assert sorted(name.split(".")[0] for name in names) == ["all/A", "all/B", "all/C"]
+
+
+def test_archives_that_are_there_are_not_written_over(tmp_path: Path) -> None:
+    collection(tmp_path / "one", 9)
+    before = packed(tmp_path / "one", tmp_path / "a")
+    fill(tmp_path / "one", b"other", "A/0000.jpg")
+    with pytest.raises(SystemExit, match=r"^pack: 1 of 1 archives are there already, such as .*one\.part-\w{12}\.zip"):
+        pack.main([str(tmp_path / "one"), str(tmp_path / "a")])
+    assert [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "a").iterdir()] == [*before.values()]
+
+
+def test_a_pack_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    collection(tmp_path / "one", 9)
+    (tmp_path / "a").mkdir()
+
+    def fail(archive: Path, *_: object) -> None:
+        archive.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pack, "write", fail)
+    with pytest.raises(OSError, match="No space left"):
+        pack.main([str(tmp_path / "one"), str(tmp_path / "a")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "one"]
+    assert [*(tmp_path / "a").iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("1.jpg", "lies in no folder"),
+        ("A/a.zip", "is an archive"),
+        (os.fsdecode(b"P\xeache/1.jpg"), "rename it"),
+        ("A/a\\b.jpg", "rename it"),
+    ],
+    ids=["no_label", "archive", "latin1", "backslash"],
+)
+def test_what_cannot_be_packed_is_named(path: str, told: str, tmp_path: Path) -> None:
+    collection(tmp_path / "one", 9)
+    fill(tmp_path / "one", b"x", path)
+    with pytest.raises(SystemExit, match=f"^pack: .*{told}"):
+        pack.main([str(tmp_path / "one"), str(tmp_path / "a")])
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(("folder", "into"), [("nowhere", "a"), ("one", "one/a"), ("one", "."), ("empty", "a")])
+def test_a_place_that_cannot_be_is_refused(folder: str, into: str, tmp_path: Path) -> None:
+    collection(tmp_path / "one", 9)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=r"^pack: "):
+        pack.main([str(tmp_path / folder), str(tmp_path / into)])
