@@ -434,7 +434,7 @@ def reader_of_names(take: list[str], leave_out: list[str], share: float) -> Why:
 
     def why(path: str, is_archive: bool) -> tuple[str, str] | None:
         names = path.lower().split("/")
-        if any(name.startswith(".") for name in names):
+        if any(name.startswith(".") and name != ".." for name in names):  # which is unsafe, in an archive
             return "hidden", "hidden"
         if any(name in SYSTEM for name in names):
             return "hidden", "system"

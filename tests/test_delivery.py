@@ -135,7 +135,11 @@ def odd(tmp_path: Path, image_bytes: Callable[..., bytes]) -> Path:
     members |= {"Pear/1.jpg": photo, "Kiwi/.hidden.jpg": photo, "Kiwi/left out/1.jpg": photo, "Kiwi/notes.txt": b"text"}
     packed = bytearray(archive_of("zip", members).replace(b"Kiwi/2", b"Kiwi/1"))
     packed[packed.rindex(b"Pear/1") - 46 + 8] |= 1  # it has a password
-    contents |= {"packed.zip": bytes(packed), "Lemon.tar": archive_of("tar", {"1.jpg": photo}), "cut.zip": bytes(packed[:-30])}
+    contents |= {
+        "packed.zip": bytes(packed),
+        "Lemon.tar": archive_of("tar", {"1.jpg": photo}),
+        "cut.zip": bytes(packed[:-30]),
+    }
     contents |= {"left out/x.zip": bytes(packed)}
     bomb = bytearray(archive_of("zip", {"Kiwi/1.jpg": photo}))
     at = bomb.index(b"PK\1\2") + 24
