@@ -2,7 +2,7 @@
 
 usage: python -m reports.pack [--by_label] [--mb MB] FOLDER INTO
 
-reads   FOLDER  photographs, a folder for each label, at any depth; all files but hidden ones are packed
+reads   FOLDER  photographs, a folder for each label, at any depth; all files in folders are packed, but no hidden ones
 writes  INTO    FOLDER.part-XXXXXXXXXXXX.zip, some MB each; with --by_label, LABEL.part-XXXXXXXXXXXX.zip where LABEL was
 
 The same files give the same bytes. Paths are packed in order, and the names of files alone tell where one archive ends and
@@ -71,13 +71,14 @@ def find(folder: Path) -> list[tuple[str, int]]:
     Raises
     ------
     SystemExit
-        one lies in no folder, is no regular file, is an archive itself, or has a name that is not in UTF-8
+        an image lies in no folder; one is no regular file, is an archive itself, or has a name that is not in UTF-8
     """
     why = ingest.reader_of_names([], [], share=1)
-    files = sorted((path, length) for path, length in ingest.list_local(str(folder)) if not why(path, False))
+    there = sorted((path, length) for path, length in ingest.list_local(str(folder)) if not why(path, False))
+    if loose := [path for path, _ in there if "/" not in path and ingest.extension_of(path) in ingest.EXTENSIONS]:
+        raise SystemExit(f"pack: {loose[0]} lies in no folder, so it has no label: move it into one")
+    files = [(path, length) for path, length in there if "/" in path]
     for path, length in files:
-        if "/" not in path:
-            raise SystemExit(f"pack: {path} lies in no folder, so it has no label: move it into one")
         if length < 0:
             raise SystemExit(f"pack: {path} is no regular file, nor a link to one")
         if ingest.is_archive_name(path):

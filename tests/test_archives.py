@@ -660,6 +660,13 @@ def test_a_photograph_more_or_less_changes_few_archives(flags: list[str], tmp_pa
     assert 1 <= len({*after.items()} - {*before.items()}) <= 4
 
 
+def test_a_text_beside_the_labels_is_not_packed(tmp_path: Path) -> None:
+    collection(tmp_path / "one", 9)
+    before = packed(tmp_path / "one", tmp_path / "a")
+    fill(tmp_path / "one", b"text", "LICENSE")
+    assert packed(tmp_path / "one", tmp_path / "a") == before
+
+
 def test_archives_of_a_label_are_where_the_label_was(tmp_path: Path) -> None:
     collection(tmp_path / "one/all", 9)
     names = packed(tmp_path / "one", tmp_path / "a", "--by_label")
