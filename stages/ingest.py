@@ -532,6 +532,8 @@ def inspect_files(
     )
     if listing.is_local:
         return tasks.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+    if any(is_archive_name(show(path)) for task in listing.tasks for path, _ in listed_in(task[0])):
+        spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # Spark 3 bounds no batch by its bytes
     files = tasks.mapInArrow(unlist, FILES)
     listed = F.broadcast(files.select("path", "length"))
     there = read_elsewhere(spark, listing, max_bytes).join(listed, ["path", "length"], "left_semi")
