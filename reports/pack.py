@@ -25,7 +25,7 @@ from stages import ingest
 
 # Stored, not deflated: photographs do not shrink. A ZIP archive has a checksum of each file and a directory, a tar neither.
 HEADER = {"date_time": (1980, 1, 1, 0, 0, 0)}  # the first that there is
-MOST = 4  # times as large as wanted, at most
+MOST = 2  # times as large as wanted, at most; and the least is half of it
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,7 +114,7 @@ def group(name: str, files: Iterable[tuple[str, int]], size: int, by_label: bool
         kept = label
         members.append(path)
         n_bytes += length
-        if n_bytes > size // MOST and int(digest(path), 16) < length / size * 2**256:
+        if n_bytes > size / 2 and int(digest(path), 16) < 2 * length / size * 2**256:
             yield named(kept, members), members
             members, n_bytes = [], 0
     if members:

@@ -127,8 +127,9 @@ EXAMPLES = 10  # of files or labels that are named on screen
 TASK_BYTES = 128 * 2**20  # of files in a task
 OPEN_BYTES = 256 * 2**10  # that to open a file costs: a task has some 500 small files
 SMALL_ARCHIVE = 4 * 2**20  # bytes of one that shares its task with other files, and is not cut
-# Bytes that Spark surely moves as one value: of an archive that is not on this machine, at most.
-MOVABLE = 2**30 - 1
+# Bytes of an archive that is not on this machine, at most. Spark moves it as one value, and has several copies at once: 250
+# MB were too much for a JVM of 2 GiB, and 1 GB for one of 6.
+MOVABLE = 2**27
 # An archive may hold so many bytes, and so many times its own; photographs hardly shrink, and bombs do by thousands.
 HARMLESS, RATIO = 2**30, 100
 ARCHIVE_HEADER = 2**20  # bytes of a name and other metadata of one file in a tar, at most

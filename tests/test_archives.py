@@ -676,7 +676,7 @@ def test_a_photograph_more_or_less_changes_few_archives(flags: list[str], tmp_pa
     before = packed(folder, tmp_path / "a", "--mb", "1", *flags)
     assert 15 < len(before) < 60
     sizes = [path.stat().st_size for path in (tmp_path / "a").rglob("*.zip")]
-    assert max(sizes) < 4.2e6
+    assert max(sizes) < 2.2e6
     fill(folder, b"another", "B/0300.5.jpg")
     (folder / "C/0002.jpg").unlink()
     after = packed(folder, tmp_path / "a", "--mb", "1", *flags)
