@@ -17,7 +17,7 @@ PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help run app page add look report compare verify experiments bench test test-slow test-release chaos lint lock cache-info cache-clear \
+.PHONY: help run app page add look pack report compare verify experiments bench test test-slow test-release chaos lint lock cache-info cache-clear \
   remote residency cloud-setup wheelhouse cloud-check cloud-up cloud-status cloud-down cloud-delete cloud-test check identity
 
 help: ## list the targets
@@ -43,6 +43,10 @@ add: .venv/run ## take a delivery in: FOLDER=… has a folder for each label; IN
 look: .venv/run ## what is in a delivery, FOLDER=…, and what ingest would refuse of it; takes nothing in
 	@test -n "$(FOLDER)" || { echo 'look: say where the photographs are: make look FOLDER=~/photographs'; exit 2; }
 	@python -m reports.delivery --look $(if $(INTO),--into "$(INTO)") "$(FOLDER)"
+
+pack: .venv/run ## a folder as ZIP archives, for a million photographs: FOLDER=…, INTO=…; MB=64, BY=label
+	@test -n "$(FOLDER)" -a -n "$(INTO)" || { echo 'pack: say from where to where: make pack FOLDER=~/photographs INTO=data/mine'; exit 2; }
+	@python -m reports.pack $(if $(MB),--mb $(MB)) $(if $(filter label,$(BY)),--by_label) "$(FOLDER)" "$(INTO)"
 
 app: page ## recognise photographs in a browser; HOST=0.0.0.0 for a phone in the same network, PORT, LABELS=labels.csv
 	@python -m app.serve app/dist --host $(HOST) --port $(PORT)

@@ -7,7 +7,8 @@ reads   FOLDER      the delivery: a folder for each label, at any depth
 writes  COLLECTION  copies of the photographs, each at its path in FOLDER; and `dvc add`
 
 Nothing that is there is written over: if a file has the path of another one with other content, nothing is taken in. What
-`ingest` would refuse or ignore is named, and stays where it is. Only its `share` is of a run, and not of a collection.
+`ingest` would refuse or ignore is named, and stays where it is. Only its `share` is of a run, and not of a collection. An
+archive that holds a photograph is taken in whole, with all that is in it.
 --look takes nothing in. It is no stage of the pipeline.
 """
 
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,7 @@ SOME = 5  # examples of each kind that are named
 class File(NamedTuple):
     """Hold what a look at one file of the delivery found."""
 
-    path: str  # relative to FOLDER
+    path: str  # relative to FOLDER; of a file in an archive, it goes on within
     size: int  # bytes
     reason: str = ""  # why it is not taken in: one of ingest.REASONS or ingest.PASSED_OVER
     detail: str = ""  # of PASSED_OVER, the kind
@@ -48,6 +49,7 @@ class File(NamedTuple):
     format: str = ""  # such as JPEG
     width: int = 0  # pixels, upright
     height: int = 0
+    archive: str = ""  # the path of the archive that it is in
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,25 +61,26 @@ def main(argv: list[str] | None = None) -> None:
 
     files = look(args.folder, settings)
     images = [file for file in files if not file.reason]
-    there, _ = find_files(collection, settings) if collection.is_dir() else ([], [])
-    sizes = {file.size for file in images}
-    known = {path: sha256(collection / path) for path, size in there if size in sizes}
+    in_folder = take_whole(args.folder, images)
+    sizes = {file.size for file in [*images, *in_folder]}
+    there, known = look_there(collection, settings, sizes) if collection.is_dir() else ({}, {})
     for line in describe(args.folder, files, settings.group_pattern):
         print(line)
-    for line in compare(images, collection, [path for path, _ in there], known, settings):
+    for line in compare(images, collection, there, known, settings):
         print(line)
 
-    if collisions := [file.path for file in images if collides(file, collection, known)]:
+    if collisions := [file.path for file in in_folder if collides(file, collection, known)]:
         raise SystemExit(
             f"Nothing is taken in: {name_some(collisions)} in {collection} already, with other content. Give the new files "
             "other names; or delete the old ones, if the new ones replace them."
         )
-    new = [file.path for file in images if file.path not in known]
+    new = [file.path for file in in_folder if file.path not in known]
+    n_new = sum((file.archive or file.path) in new for file in images)
     if not args.look and new:
         take_in(args.folder, collection, new)
         subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", str(collection)], check=True)
-        print(f"{len(new):,} photographs are in {collection} now, and DVC knows them.")
-        print(f"Next:  git add {shlex.quote(str(collection))}.dvc && git commit -m 'A delivery of {len(new):,} photographs'")
+        print(f"{n_new:,} photographs are in {collection} now, and DVC knows them.")
+        print(f"Next:  git add {shlex.quote(str(collection))}.dvc && git commit -m 'A delivery of {n_new:,} photographs'")
         print("       make run" if params["images"] == str(collection) else f"       {experiment(collection)}")
 
 
@@ -104,12 +107,13 @@ def look(folder: Path, settings: argparse.Namespace) -> list[File]:
     candidates, passed_over = find_files(folder, settings)
     if not candidates:
         raise SystemExit(f"{folder} holds no file, or only such as `ingest` does not read")
-    if not any("/" in path for path, _ in candidates):
+    if not any("/" in path or ingest.is_archive_name(path) for path, _ in candidates):
         raise SystemExit(f"{folder} has no folders for the labels. If it is one label, say the folder that holds it")
     with ProcessPoolExecutor(initializer=ingest.quiet_pillow) as pool:
         looked = pool.map(partial(look_at, folder, settings), candidates, chunksize=16)
         # A bar on a terminal only.
-        return passed_over + list(tqdm(looked, "look", len(candidates), unit="file", leave=False, disable=None))
+        bar = tqdm(looked, "look", len(candidates), unit="file", leave=False, disable=None)
+        return passed_over + [file for files in bar for file in files]
 
 
 def find_files(folder: Path, settings: argparse.Namespace) -> tuple[list[tuple[str, int]], list[File]]:
@@ -117,32 +121,85 @@ def find_files(folder: Path, settings: argparse.Namespace) -> tuple[list[tuple[s
     why = ingest.reader_of_names(settings.take, settings.leave_out, share=1)
     candidates, passed_over = [], []
     for path, length in sorted(ingest.list_local(str(folder))):
-        if not (reason := why(path)):
+        if not (reason := why(path, ingest.is_archive_name(path))):
             candidates.append((path, length))
         else:
             passed_over.append(File(ingest.show(path), length, *reason))
     return candidates, passed_over
 
 
-def look_at(folder: Path, settings: argparse.Namespace, candidate: tuple[str, int]) -> File:
+def look_at(folder: Path, settings: argparse.Namespace, candidate: tuple[str, int]) -> list[File]:
+    """Look at a file, or at each file of an archive."""
     path, length = candidate
+    why = ingest.reader_of_names(settings.take, settings.leave_out, share=1)
+    seen: list[File] = []
     try:
-        content, image, _ = ingest.open_file(
-            os.fsencode(folder),
-            os.fsencode(path),
-            length,
-            None,
-            max_bytes=settings.max_file_mb * 2**20,
-            max_pixels=settings.max_pixels,
-            min_side=settings.min_side,
-        )
+        for file in ingest.files_in(os.fsencode(folder), os.fsencode(path), length, None):
+            seen.append(look_into(file, path, settings, why))
     except ingest.Refused as refused:
-        return File(ingest.show(path), length, refused.reason, refused.detail)
+        seen.append(File(ingest.show(path), length, refused.reason, refused.detail))
     except OSError as error:
         raise SystemExit(f"add: {error}") from None
-    label = ingest.label_of(path, settings.label_depth) or ""
+    return seen
+
+
+def look_into(file: ingest.File, outer: str, settings: argparse.Namespace, why: ingest.Why) -> File:
+    path = os.fsdecode(file.path)
+    archive, shown = outer if path != outer else "", ingest.show(file.path)
+    if archive and (passed_over := why(path, False)):
+        return File(shown, file.length, *passed_over, archive=archive)
+    limits = {"max_bytes": settings.max_file_mb * 2**20, "max_pixels": settings.max_pixels, "min_side": settings.min_side}
+    try:
+        content, image, _ = ingest.open_file(file, **limits)
+    except ingest.Refused as refused:
+        return File(shown, file.length, refused.reason, refused.detail, archive=archive)
+    label = ingest.label_of(file.labelled, settings.label_depth) or ""
     image_id, format = hashlib.sha256(content).hexdigest(), ingest.format_of(content) or ""
-    return File(path, length, "", "", label, image_id, format, image.width, image.height)
+    return File(path, file.length, "", "", label, image_id, format, image.width, image.height, archive)
+
+
+def take_whole(folder: Path, images: list[File]) -> list[File]:
+    """List the files to be taken in: photographs, and archives that hold some."""
+    archives = sorted({file.archive for file in images if file.archive})
+    whole = [File(path, (folder / path).stat().st_size, image_id=sha256(folder / path)) for path in archives]
+    return [*(file for file in images if not file.archive), *whole]
+
+
+def look_there(collection: Path, settings: argparse.Namespace, sizes: set[int]) -> tuple[dict[str, str], dict[str, str]]:
+    """List the photographs of the collection, which are not decoded again.
+
+    Returns
+    -------
+    label of each, by path; the SHA-256 of those of these sizes, and of the archives of these sizes, by path
+    """
+    labels: dict[str, str] = {}
+    known: dict[str, str] = {}
+    for path, file in walk(collection, settings):
+        if file is None:
+            known |= {path: sha256(collection / path)} if (collection / path).stat().st_size in sizes else {}
+            continue
+        labels[path] = ingest.label_of(file.labelled, settings.label_depth) or ""
+        if file.length in sizes and not file.refused:
+            try:
+                known[path] = hashlib.sha256(file.read()).hexdigest()
+            except ingest.Refused:
+                del labels[path]
+    return labels, known
+
+
+def walk(collection: Path, settings: argparse.Namespace) -> Iterator[tuple[str, ingest.File | None]]:
+    """Yield path and file of each photograph of the collection, and the path of each archive."""
+    why = ingest.reader_of_names(settings.take, settings.leave_out, share=1)
+    for path, length in find_files(collection, settings)[0]:
+        try:
+            for file in ingest.files_in(os.fsencode(collection), os.fsencode(path), length, None):
+                inner = os.fsdecode(file.path)
+                if inner == path or not why(inner, False):
+                    yield inner, file
+        except ingest.Refused:
+            pass  # `ingest` says so
+        if ingest.is_archive_name(path):
+            yield path, None
 
 
 def collides(file: File, collection: Path, known: Mapping[str, str]) -> bool:
@@ -177,26 +234,27 @@ def describe(folder: Path, files: list[File], group_pattern: str) -> list[str]:
 
 
 def compare(
-    images: list[File], collection: Path, there: list[str], known: Mapping[str, str], settings: argparse.Namespace
+    images: list[File],
+    collection: Path,
+    there: Mapping[str, str],
+    known: Mapping[str, str],
+    settings: argparse.Namespace,
 ) -> list[str]:
     """Say in a few lines what of the delivery the collection has already, and what `ingest` would say of both together.
 
     Parameters
     ----------
-    there : paths of the collection; they are not decoded again, and count as images
-    known : of some of these, the SHA-256 by path
+    there : labels of the photographs of the collection, by path
+    known : the SHA-256 of some of them, by path
     """
-
-    def label_of(path: str) -> str:
-        return ingest.label_of(ingest.show(path), settings.label_depth) or ""
-
     paths_of: dict[str, list[str]] = {}
-    for path, image_id in known.items():
-        paths_of.setdefault(image_id, []).append(path)
+    for path in known.keys() & there.keys():
+        paths_of.setdefault(known[path], []).append(path)
     others = [file for file in images if known.get(file.path) != file.image_id]
-    twins = [(file.path, paths_of[file.image_id][0]) for file in others if file.image_id in paths_of]
-    astray = [pair for pair in twins if label_of(pair[0]) != label_of(pair[1])]
-    labels = {label_of(path) for path in there if "/" in path}
+    known_as = [(file, min(paths_of[file.image_id])) for file in others if file.image_id in paths_of]
+    twins = [(file.path, path) for file, path in known_as]
+    astray = [(file.path, path) for file, path in known_as if file.label != there[path]]
+    labels = {label for label in there.values() if label}
     new = sorted({file.label for file in images} - labels) if labels else []
     lines = [f"  new       labels that {collection} does not have: {', '.join(new)}"] * bool(new)
     n_same = len(images) - len(others)
@@ -206,8 +264,8 @@ def compare(
         lines += [f"            {path} = {ingest.show(twin)}" for path, twin in pairs[:SOME]]
         lines += ["            …"] * (len(pairs) > SOME)
 
-    together = {*there, *(file.path for file in images)}
-    counts = Counter((label_of(path), ingest.show(path).rpartition("/")[0]) for path in together if "/" in path)
+    together = {**there, **{file.path: file.label for file in images}}
+    counts = Counter((label, ingest.show(path).rpartition("/")[0]) for path, label in together.items() if label)
     folders = sorted((label, folder, n) for (label, folder), n in counts.items())
     lines += [f"  together  {line}" for line in ingest.say_labels(folders, settings.label_depth)]
     end = "; `ingest` would end there" if settings.on_breach == "end" else ""

@@ -2,13 +2,16 @@
 
 usage: ingest.py SOURCE OUTPUT --group_pattern REGEX --max_pixels N ...
 
-reads   SOURCE             any tree of images; the folder that holds a file is its label
+reads   SOURCE             any tree of images; the folder that holds a file is its label. An archive counts as a folder
 writes  OUTPUT/images      IMAGES, sorted by image_id and path within a file
         OUTPUT/quarantine  QUARANTINE, one row for each file that should be an image and was refused
         OUTPUT/ignored     IGNORED, one row for each other file
 
 Nothing vanishes: files below SOURCE = rows of images + rows of quarantine + rows of ignored. What a file is, its content
 tells, whatever its name. Its name decides only whether it is hidden, left out, or refused rather than ignored.
+
+An archive is a file whose content and name are those of one: many documents are ZIP archives by content. Its files count,
+and not itself; but one that cannot be read to its end has a row of the quarantine too. Nothing is unpacked to disk.
 """
 
 import argparse
@@ -18,13 +21,16 @@ import io
 import math
 import os
 import re
+import stat
 import struct
+import tarfile
 import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -67,8 +73,13 @@ IGNORED = T.StructType(
         T.StructField("kind", T.StringType()),  # what it is; of left_out, the pattern
     ]
 )
+BAD_ARCHIVES = ("archive_bomb", "bad_archive")  # reasons for an archive itself: nobody knows how many files are lost
 REASONS = (
+    *BAD_ARCHIVES,
+    "duplicate_name",
     "empty",
+    "encrypted",
+    "nested_archive",
     "no_label",
     "not_an_image",
     "too_large",
@@ -76,9 +87,10 @@ REASONS = (
     "too_small",
     "truncated",
     "unreadable",
+    "unsafe_name",
 )
 PASSED_OVER = ("hidden", "left_out", "no_image", "not_in_share")
-# path is in bytes, as a file system has it: it need not be UTF-8. content is null where a task opens the file itself.
+# A path is in bytes, as a file system has it: it need not be UTF-8. content is null where Spark has not read it.
 FILES = T.StructType(
     [
         T.StructField("path", T.BinaryType()),
@@ -86,9 +98,21 @@ FILES = T.StructType(
         T.StructField("content", T.BinaryType()),
     ]
 )
-# reason is null where the file is an image; where it is no_image, detail is the kind.
-INSPECTED = T.StructType([*IMAGES.fields, *QUARANTINE.fields[2:]])
-ARROW_INSPECTED = to_arrow_schema(INSPECTED)
+# What one task reads on this machine: a list of files, or a part of an archive. A row for each file would take a hundred
+# times the memory of the driver.
+TASKS = T.StructType(
+    [
+        T.StructField("files", T.BinaryType()),  # path and length of each, separated by zeros; of an archive, its own
+        T.StructField("start", T.LongType()),  # where in the archive the part starts: see Part; null for a list of files
+        T.StructField("stop", T.LongType()),
+        T.StructField("twins", T.ArrayType(T.LongType())),
+    ]
+)
+# reason is null where the file is an image, and one of PASSED_OVER where it is ignored: detail is then the kind.
+INSPECTED = T.StructType(
+    [*IMAGES.fields, *QUARANTINE.fields[2:], T.StructField("file", T.StringType())]
+)  # file: below SOURCE
+ARROW_FILES, ARROW_INSPECTED = to_arrow_schema(FILES), to_arrow_schema(INSPECTED)
 
 # Names that claim to be an image.
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "heic", "heif")
@@ -96,10 +120,19 @@ EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", 
 RAW = ("arw", "cr2", "cr3", "dng", "nef", "nrw", "orf", "pef", "raf", "raw", "rw2", "srw")
 # What operating systems and network disks leave, besides names that start with a dot.
 SYSTEM = ("$recycle.bin", "@eadir", "__macosx", "desktop.ini", "ehthumbs.db", "system volume information", "thumbs.db")
-SUBSETS = re.compile("train(ing)?|tests?|testing|val|valid|validation|dev|eval", re.I)  # folders that tell no labels apart
+ARCHIVES = (".tar.zst", ".tar.gz", ".tgz", ".tar", ".zip")  # names that claim to be an archive that is read
+# Folders that tell no labels apart. The last is an archive that reports/pack.py writes.
+SUBSETS = re.compile(r"train(ing)?|tests?|testing|val|valid|validation|dev|eval|.*\.part-[0-9a-f]{12}\.zip", re.I)
 EXAMPLES = 10  # of files or labels that are named on screen
 TASK_BYTES = 128 * 2**20  # of files in a task
 OPEN_BYTES = 256 * 2**10  # that to open a file costs: a task has some 500 small files
+SMALL_ARCHIVE = 4 * 2**20  # bytes of one that shares its task with other files, and is not cut
+# Bytes of an archive that is not on this machine, at most. Spark moves it as one value, and has several copies at once: 250
+# MB were too much for a JVM of 2 GiB, and 1 GB for one of 6.
+MOVABLE = 2**27
+# An archive may hold so many bytes, and so many times its own; photographs hardly shrink, and bombs do by thousands.
+HARMLESS, RATIO = 2**30, 100
+ARCHIVE_HEADER = 2**20  # bytes of a name and other metadata of one file in a tar, at most
 CAMERA_RAW = "a raw photograph of a camera"
 FORMATS = {  # that are read, by Pillow's name: what a file of each starts with
     "JPEG": rb"\xff\xd8\xff",
@@ -116,7 +149,7 @@ OTHERS = {  # that people deliver by mistake
     rb"\s*<(!doctype html|html|\?xml)": "a web page or XML, perhaps a failed download",
     rb"%PDF": "a PDF document",
     rb"PK\x03\x04": "a ZIP archive, or a document that is one",
-    rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar": "an archive",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|.{257}ustar|\x28\xb5\x2f\xfd": "an archive",
     rb".{4}ftypcrx |FUJIFILM|IIRO|IIU\0": CAMERA_RAW,
     rb"RIFF.{4}WAVE|ID3|OggS|fLaC": "a sound (WAV, MP3, Ogg or FLAC)",
     rb"RIFF.{4}AVI |.{4}ftyp|.{4}(moov|mdat)|\x1aE\xdf\xa3": "a video (AVI, MP4, QuickTime or Matroska)",
@@ -150,13 +183,52 @@ SEGMENT = re.compile(rb"\xff([\xc0-\xcf\xda-\xfe])(..)", re.DOTALL)
 BATCH_BYTES = 64 * 2**20  # of files or images that travel to or from a worker at once, about
 
 
+# What tarfile and decompressors raise on damaged archives; an OSError with a number is the file system's.
+ARCHIVE_ERRORS = (tarfile.TarError, *DECODE_ERRORS)
+
+Why = Callable[[str, bool], tuple[str, str] | None]
+
+
 class Listing(NamedTuple):
     """The files below SOURCE, by their paths relative to it, with their lengths in bytes."""
 
     root: str  # SOURCE, as the file system names it
     is_local: bool
-    candidates: list[tuple[str, int]]  # to be read
-    ignored: list[tuple[str, int, str, str]]  # rows of IGNORED
+    n_files: int  # an archive is one
+    tasks: list[tuple[bytes, int | None, int | None, list[int] | None]]  # rows of TASKS
+    why: Why  # as reader_of_names returns it
+    chosen: list[str] | None  # those to be read, if Spark reads them and not all are
+
+
+class File(NamedTuple):
+    """A file, perhaps in an archive."""
+
+    path: bytes  # relative to SOURCE
+    labelled: str  # the path that its label is told by: an archive's name without its ending
+    length: int  # bytes
+    read: Callable[[], bytes]  # raises Refused or OSError
+    refused: "Refused | None" = None  # before it is read
+
+
+class Part(NamedTuple):
+    """A part of an archive."""
+
+    start: int = 0  # bytes: of a tar, where its first header is; of a ZIP, where in the directory its first entry is
+    stop: int | None = None  # where it ends; None for the end of the archive
+    twins: tuple[int, ...] = ()  # where headers or entries are whose name an earlier one has
+
+
+WHOLE = Part()
+
+
+class Member(NamedTuple):
+    """What an archive says of one of its files."""
+
+    at: int  # where its header or entry is
+    name: str
+    length: int  # bytes, unpacked
+    read: Callable[[], bytes]
+    refused: "Refused | None" = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -183,12 +255,12 @@ def main(argv: list[str] | None = None) -> None:
         label_depth=args.label_depth,
         group_pattern=args.group_pattern,
     )
-    quarantine = inspected.where(F.col("reason") != "no_image").select(*QUARANTINE.names)
+    quarantine = inspected.where(~F.col("reason").isin(*PASSED_OVER)).select(*QUARANTINE.names)
     quarantine.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/quarantine")
-    ignored = ignore(spark, inspected, listing)
+    ignored = ignore(inspected)
     ignored.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/ignored")
     groups = count(inspected)
-    counts, folders, kinds = add_up(groups), folders_of(groups), kinds_of(groups, listing)
+    counts, folders, kinds = add_up(groups), folders_of(groups), kinds_of(groups)
     refused = say_refused(quarantine, counts["n_quarantined"]) if counts["n_quarantined"] else []
     for line in [*refused, *say_ignored(kinds), *say_labels(folders, args.label_depth)]:
         print(f"ingest: {line}")
@@ -221,7 +293,7 @@ def check_written(spark: SparkSession, output: str, counts: dict[str, int], n_ig
 
 
 def find_files(spark: SparkSession, source: str, *, take: list[str], leave_out: list[str], share: float) -> Listing:
-    """List every file below source, and tell those that need not be read.
+    """List every file below source, and share them out to tasks.
 
     Parameters
     ----------
@@ -240,31 +312,72 @@ def find_files(spark: SparkSession, source: str, *, take: list[str], leave_out: 
     folder = file_system.makeQualified(folder)
     is_local = folder.toUri().getScheme() == "file"
     root = folder.toUri().getPath() if is_local else folder.toString().rstrip("/")
-    files = sorted(list_local(root) if is_local else list_elsewhere(spark, folder, root))
-    if not files:
-        raise SystemExit(f"ingest: no image below {source}: it has no file.")
+    why = reader_of_names(take, leave_out, share)
+    n_files, is_part = 0, False
+    chosen: list[str] = []
+    unlabelled: list[str] = []
 
-    reads = reader_of_names(take, leave_out, share)
-    candidates, ignored = [], []
-    for path, length in files:
-        if why := reads(path):
-            ignored.append((path, length, *why))
-        else:
-            candidates.append((path, length))
-    unlabelled = [path for path, _ in candidates if "/" not in path and extension_of(path) in EXTENSIONS]
+    def files() -> Iterator[tuple[str, int]]:
+        nonlocal n_files, is_part
+        for path, length in list_local(root) if is_local else list_elsewhere(spark, folder, root):
+            n_files += 1
+            if "/" not in path and extension_of(path) in EXTENSIONS and not why(path, False):
+                unlabelled.append(path)
+            if not is_local:
+                reason, _ = why(path, is_archive_name(path)) or ("", "")
+                is_part |= reason in ("left_out", "not_in_share")
+                if not reason:
+                    chosen.append(path)
+            yield path, length
+
+    tasks = list(share_out(root if is_local else None, files(), why))
+    if not n_files:
+        raise SystemExit(f"ingest: no image below {source}: it has no file.")
     if unlabelled:
         raise SystemExit(
-            f"ingest: {len(unlabelled):,} of {len(candidates):,} files have no label: {unlabelled[0]} is in {source} "
+            f"ingest: {len(unlabelled):,} of {n_files:,} files have no label: {min(unlabelled)} is in {source} "
             "itself. Move each into a folder that is named as its label."
         )
-    if not is_local:
-        passed_over = [path for path, _ in candidates if any(name.startswith("_") for name in path.split("/"))]
-        if passed_over:
-            raise SystemExit(
-                f"ingest: Spark does not read names that start with _ from {root}: {len(passed_over):,} of "
-                f"{len(candidates):,} files, such as {passed_over[0]}. Run ingest on this machine, or rename them."
-            )
-    return Listing(root, is_local, candidates, ignored)
+    if passed_over := [path for path in chosen if any(name.startswith("_") for name in path.split("/"))]:
+        raise SystemExit(
+            f"ingest: Spark does not read names that start with _ from {root}: {len(passed_over):,} of "
+            f"{n_files:,} files, such as {min(passed_over)}. Run ingest on this machine, or rename them."
+        )
+    return Listing(root, is_local, n_files, tasks, why, chosen if is_part else None)
+
+
+def share_out(
+    root: str | None, files: Iterable[tuple[str, int]], why: Why
+) -> Iterator[tuple[bytes, int | None, int | None, list[int] | None]]:
+    """Yield rows of TASKS: some 500 small files each, or as large a part of an archive.
+
+    Parameters
+    ----------
+    root : the folder on this machine that the files are in; None if they are elsewhere, where archives are not cut
+    files : path and length of each
+    """
+    names: list[bytes] = []
+    n_bytes = 0
+    for path, length in files:
+        name = os.fsencode(path)
+        if root is not None and length > SMALL_ARCHIVE and is_archive_name(path) and not why(path, True):
+            for part in cut(root, name, length):
+                yield b"%b\0%d" % (name, length), part.start, part.stop, [*part.twins]
+            continue
+        names.append(b"%b\0%d" % (name, length))
+        cost = TASK_BYTES // SMALL_ARCHIVE * length if is_archive_name(path) else length
+        n_bytes += max(cost, 0) + OPEN_BYTES
+        if n_bytes >= TASK_BYTES:
+            yield b"\0".join(names), None, None, None
+            names, n_bytes = [], 0
+    if names:
+        yield b"\0".join(names), None, None, None
+
+
+def listed_in(files: bytes) -> Iterator[tuple[bytes, int]]:
+    """Yield path and length of each file that a row of TASKS lists."""
+    fields = files.split(b"\0")
+    return zip(fields[::2], map(int, fields[1::2]), strict=True)
 
 
 def list_local(root: str) -> Iterator[tuple[str, int]]:
@@ -313,13 +426,16 @@ def list_elsewhere(spark: SparkSession, folder: Any, root: str) -> list[tuple[st
     return [(path[len(root) + 1 :], int(length)) for path, length in zip(paths, lengths, strict=True)]
 
 
-def reader_of_names(take: list[str], leave_out: list[str], share: float) -> Callable[[str], tuple[str, str] | None]:
-    """Make a function that tells of a path why its file need not be read, as reason and kind of IGNORED, or None."""
+def reader_of_names(take: list[str], leave_out: list[str], share: float) -> Why:
+    """Make a function that tells of a path why its file need not be read, as reason and kind of IGNORED, or None.
+
+    It is also told whether the file is an archive: the paths of its files tell what is taken, and what is in the share.
+    """
     taken, left_out = ([(each, re.compile(fnmatch.translate(nfc(each)))) for each in given] for given in (take, leave_out))
 
-    def why(path: str) -> tuple[str, str] | None:
+    def why(path: str, is_archive: bool) -> tuple[str, str] | None:
         names = path.lower().split("/")
-        if any(name.startswith(".") for name in names):
+        if any(name.startswith(".") and name != ".." for name in names):  # which is unsafe, in an archive
             return "hidden", "hidden"
         if any(name in SYSTEM for name in names):
             return "hidden", "system"
@@ -328,6 +444,8 @@ def reader_of_names(take: list[str], leave_out: list[str], share: float) -> Call
         for pattern, regex in left_out:
             if any(map(regex.match, forms)):
                 return "left_out", pattern
+        if is_archive:
+            return None
         if taken and not any(regex.match(form) for _, regex in taken for form in forms):
             return "left_out", "not taken"
         if int(hashlib.sha256(os.fsencode(path)).hexdigest()[:8], 16) >= share * 2**32:
@@ -347,29 +465,46 @@ def inspect_files(
     label_depth: int,
     group_pattern: str,
 ) -> DataFrame:
-    """INSPECTED, one row for each of the candidates: an image, or the reason why it is none."""
-    root = os.fsencode(listing.root) if listing.is_local else None
+    """INSPECTED, one row for each file: an image, or the reason why it is none."""
+    root, why = os.fsencode(listing.root) if listing.is_local else None, listing.why
 
     def inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Inspect what rows of TASKS or of FILES name."""
         quiet_pillow()
-        for batch in batches:
-            rows, n_bytes = [], 0
-            for i in range(len(batch)):
-                rows.append(inspect_file(**batch.slice(i, 1).to_pylist()[0]))
-                n_bytes += len(rows[-1].get("content", b""))
+        rows, n_bytes = [], 0
+        for row in (row for batch in batches for i in range(len(batch)) for row in batch.slice(i, 1).to_pylist()):
+            for inspected in inspect_task(**row) if "files" in row else inspect_path(**row):
+                rows.append(inspected)
+                n_bytes += len(inspected.get("content", b""))
                 if n_bytes > BATCH_BYTES:
                     yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
                     rows, n_bytes = [], 0
-            yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
+        yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
 
-    def inspect_file(path: bytes, length: int, content: bytes | None) -> dict[str, Any]:
+    def inspect_task(files: bytes, start: int | None, stop: int | None, twins: list[int] | None) -> Iterator[dict[str, Any]]:
+        part = WHOLE if start is None else Part(start, stop, tuple(twins or ()))
+        for path, length in listed_in(files):
+            yield from inspect_path(path, length, None, part)
+
+    def inspect_path(path: bytes, length: int, content: bytes | None, part: Part = WHOLE) -> Iterator[dict[str, Any]]:
         shown = show(path)
-        label = label_of(shown, label_depth)
-        row = {"path": shown, "label": label, "length": length}
+        row = {"file": shown, "path": shown, "label": label_of(shown, label_depth), "length": length}
+        if passed_over := why(os.fsdecode(path), is_archive_name(shown)):
+            yield row | dict(zip(("reason", "detail"), passed_over, strict=True))
+            return
         try:
-            content, image, is_kept = open_file(
-                root, path, length, content, max_bytes=max_bytes, max_pixels=max_pixels, min_side=min_side
-            )
+            for file in files_in(root, path, length, content, part):
+                yield {"file": shown} | inspect_file(file, is_member=file.path != path)
+        except Refused as refused:
+            yield row | {"reason": refused.reason, "detail": refused.detail}
+
+    def inspect_file(file: File, is_member: bool) -> dict[str, Any]:
+        shown, label = show(file.path), label_of(file.labelled, label_depth)
+        row = {"path": shown, "label": label, "length": file.length}
+        try:
+            if is_member and (passed_over := why(os.fsdecode(file.path), False)):
+                raise Refused(*passed_over)
+            content, image, is_kept = open_file(file, max_bytes=max_bytes, max_pixels=max_pixels, min_side=min_side)
         except Refused as refused:
             return row | {"reason": refused.reason, "detail": refused.detail}
         assert label is not None  # open_file refuses what is in no folder
@@ -386,21 +521,30 @@ def inspect_files(
             "content": content,
         }
 
+    def unlist(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            for files in batch.column("files").to_pylist():
+                rows = [(path, length, None) for path, length in listed_in(files)]
+                yield pa.RecordBatch.from_pylist([dict(zip(FILES.names, row, strict=True)) for row in rows], ARROW_FILES)
+
     # Written as images, as quarantine and as ignored, but decoded once.
-    n_bytes = sum(max(length, 0) + OPEN_BYTES for _, length in listing.candidates)
-    rows = [(os.fsencode(path), length, None) for path, length in listing.candidates]
-    n_tasks = max(1, math.ceil(n_bytes / TASK_BYTES))
-    files = spark.createDataFrame(spark.sparkContext.parallelize(rows, n_tasks), FILES, verifySchema=False)
+    tasks = spark.createDataFrame(
+        spark.sparkContext.parallelize(listing.tasks, len(listing.tasks)), TASKS, verifySchema=False
+    )
     if listing.is_local:
-        return files.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+        return tasks.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+    if any(is_archive_name(show(path)) for task in listing.tasks for path, _ in listed_in(task[0])):
+        spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # Spark 3 bounds no batch by its bytes
+    files = tasks.mapInArrow(unlist, FILES)
     listed = F.broadcast(files.select("path", "length"))
     there = read_elsewhere(spark, listing, max_bytes).join(listed, ["path", "length"], "left_semi")
     inspected = there.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
-    if inspected.count() == len(rows):
+    seen = inspected.select(F.encode("file", "UTF-8").alias("path")).distinct()
+    if seen.count() == listing.n_files:
         return inspected
-    # Spark gives no row for a file that is empty, or too large for us. Nor have we one that changed since it was listed.
-    seen = inspected.select(F.encode("path", "UTF-8").alias("path"))
-    return inspected.union(files.join(seen, "path", "left_anti").mapInArrow(inspect, INSPECTED))
+    # Spark gives no row for a file that is hidden, empty, or too large. Nor have we one that changed since it was listed.
+    others = files.join(seen, "path", "left_anti").mapInArrow(inspect, INSPECTED)
+    return inspected.union(others.persist(StorageLevel.DISK_ONLY))
 
 
 def quiet_pillow() -> None:
@@ -409,15 +553,8 @@ def quiet_pillow() -> None:
     warnings.simplefilter("ignore")  # of metadata that is not as it should be; pixels are checked by `decode`
 
 
-def open_file(
-    root: bytes | None, path: bytes, length: int, content: bytes | None, *, max_bytes: int, max_pixels: int, min_side: int
-) -> tuple[bytes, Image.Image, bool]:
+def open_file(file: File, *, max_bytes: int, max_pixels: int, min_side: int) -> tuple[bytes, Image.Image, bool]:
     """Read and decode a file that is an image.
-
-    Parameters
-    ----------
-    root : the folder that the path is relative to; None if it is not on this machine
-    content : of the file; None if it has not been read
 
     Returns
     -------
@@ -431,23 +568,31 @@ def open_file(
     MemoryError, OSError
         with the name of the file: it takes too much memory; it cannot be read, or not all of it
     """
-    shown = show(path)
+    shown = show(file.path)
     try:
+        if file.refused:
+            raise file.refused
         if extension_of(shown) in RAW:
             raise Refused("not_an_image", CAMERA_RAW)
-        if length > max_bytes:
-            raise Refused("too_large", f"{length:,} bytes, more than {max_bytes:,}")
-        if content is None:
-            content = read_file(root, path, length)
-        if len(content) != length:
-            raise OSError(f"{shown}: {len(content):,} of {length:,} bytes were read. If nobody changes it now, run again.")
+        if file.length > max_bytes:
+            raise Refused("too_large", f"{file.length:,} bytes, more than {max_bytes:,}")
+        try:
+            file.path.decode()
+        except UnicodeDecodeError as error:
+            raise Refused("unreadable", "its name is not in UTF-8: rename it, as `convmv -f latin1 -t utf8` does") from error
+        content = file.read()
+        if len(content) != file.length:
+            raise OSError(
+                f"{shown}: {len(content):,} of {file.length:,} bytes were read. If nobody changes it now, run again."
+            )
         image, is_kept = decode(content, max_pixels)
         if min(image.size) < min_side:
             raise Refused("too_small", f"{image.width} x {image.height}, less than {min_side:,} on a side")
         if "/" not in shown:
             raise Refused("no_label", "in no folder")
     except Refused as refused:
-        if refused.reason in ("empty", "not_an_image", "too_large") and extension_of(shown) not in EXTENSIONS:
+        claims = extension_of(shown) in EXTENSIONS or is_archive_name(shown)
+        if refused.reason in ("empty", "not_an_image", "too_large") and not claims:
             raise Refused("no_image", kind_of(shown, refused.detail)) from refused
         raise
     except MemoryError as error:
@@ -465,35 +610,319 @@ def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
     Raises
     ------
     Refused
-        it is no regular file, or its name is not in UTF-8
+        it is no regular file
     OSError
         it cannot be read, which need be no fault of the file; with its name
     """
-    try:
-        path.decode()
-    except UnicodeDecodeError as error:
-        raise Refused("unreadable", "its name is not in UTF-8: rename it, as `convmv -f latin1 -t utf8` does") from error
     if length < 0:
         raise Refused("unreadable", "no regular file, nor a link to one")  # to read a pipe would wait for ever
     try:
         return Path(os.fsdecode(os.path.join(root, path))).read_bytes() if root is not None else b""
     except OSError as error:
-        raise OSError(f"{show(path)} cannot be read: {error.strerror}. If it can now, run again.") from error
+        raise unread(path, error) from error
+
+
+def unread(path: bytes, error: OSError) -> OSError:
+    return OSError(f"{show(path)} cannot be read: {error.strerror}. If it can now, run again.")
+
+
+def is_archive_name(path: str) -> bool:
+    return path.lower().endswith(ARCHIVES)
+
+
+def archive_of(head: bytes) -> str | None:
+    """Name the kind of an archive by its first 512 bytes; None if it is none that is read."""
+    kinds = {"zip": rb"PK(\x03\x04|\x05\x06)", "gzip": rb"\x1f\x8b", "zstd": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"}
+    if kind := next((kind for kind, start in kinds.items() if re.match(start, head)), None):
+        return kind
+    try:  # an old tar has no more than a checksum; one without a file is all zeros
+        return "tar" if not head.strip(b"\0") or tarfile.TarInfo.frombuf(head, "utf-8", "replace") else None
+    except tarfile.HeaderError:
+        return None
+
+
+def files_in(root: bytes | None, path: bytes, length: int, content: bytes | None, part: Part = WHOLE) -> Iterator[File]:
+    """Yield the file, or those of a part of an archive.
+
+    Parameters
+    ----------
+    root : the folder that the path is relative to; None if it is not on this machine
+    content : of the file; None if it has not been read
+
+    Raises
+    ------
+    Refused
+        it is named as an archive, and cannot be read as one to its end
+    OSError
+        with its name: it cannot be read, or not all of it
+    """
+    shown = show(path)
+    as_file = File(path, shown, length, lambda: read_file(root, path, length) if content is None else content)
+    if length <= 0 or not is_archive_name(shown):
+        yield as_file
+        return
+    if root is None and length > MOVABLE:
+        raise Refused("too_large", f"{length:,} bytes; Spark moves an archive of at most {MOVABLE:,}: pack smaller ones")
+    folder, names, twins = shown[: -len(next(filter(shown.lower().endswith, ARCHIVES)))], set(), set(part.twins)
+    with open_archive(root, path, length, content) as archive:
+        if archive_of(head := archive.read(512)) is None and format_of(head):  # an image with another's name
+            yield as_file
+            return
+        for member in members_of(archive, path, length, part):
+            name, refused = clean(member.name)
+            if member.at in twins or name in names:
+                refused = refused or Refused("duplicate_name", "an earlier file of the archive has the same name")
+            elif is_archive_name(name):
+                refused = refused or Refused("nested_archive", "an archive in an archive: unpack the outer one")
+            names.add(name)
+            yield File(
+                path + b"/" + os.fsencode(name),
+                f"{folder}/{show(name)}",
+                member.length,
+                partial(read_member, path, member),
+                refused or member.refused,
+            )
+    if part == WHOLE and not names:
+        raise Refused("empty", "an archive without a file")
+
+
+def open_archive(root: bytes | None, path: bytes, length: int, content: bytes | None) -> Any:
+    """Open an archive; raise an OSError with its name if it cannot be read, or is not as long as it was listed."""
+    try:
+        file = open(os.path.join(root, path), "rb") if root is not None else io.BytesIO(content or b"")  # noqa: SIM115
+        n = file.seek(0, os.SEEK_END)
+        file.seek(0)
+    except OSError as error:
+        raise unread(path, error) from error
+    if n != length:
+        raise OSError(f"{show(path)}: {n:,} of {length:,} bytes were read. If nobody changes it now, run again.")
+    return file
+
+
+def members_of(file: BinaryIO, path: bytes, length: int, part: Part) -> Iterator[Member]:
+    """Yield the files of a part of an archive.
+
+    Raises
+    ------
+    Refused
+        it cannot be read to its end
+    OSError
+        with its name: the file system cannot read it
+    """
+    n = 0
+    try:
+        file.seek(0)
+        kind = archive_of(head := file.read(512))
+        if kind is None:
+            raise Refused("bad_archive", f"named as an archive, but {what_else(head)}")
+        for member in zip_members(file, length, part) if kind == "zip" else tar_members(file, kind, length, part):
+            yield member
+            n += 1
+    except ARCHIVE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno:
+            raise unread(path, error) from error
+        raise Refused("bad_archive", f"after {n:,} files: {error or type(error).__name__}") from error
+
+
+def read_member(path: bytes, member: Member) -> bytes:
+    """Read a file of the archive at path; raise what `members_of` raises."""
+    try:
+        return member.read()
+    except ARCHIVE_ERRORS as error:
+        if isinstance(error, OSError) and error.errno:
+            raise unread(path, error) from error
+        raise Refused("truncated" if re.search("end of data|Truncated", str(error)) else "unreadable", str(error)) from error
+
+
+def clean(name: str) -> tuple[str, "Refused | None"]:
+    """Leave out of a name in an archive what names the same folder; refuse one that leads out of the archive."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    if not parts or ".." in parts or "\0" in name or re.match("/|[A-Za-z]:/", name):
+        return name, Refused("unsafe_name", f"the name {show(name)!r} leads out of the archive")
+    return "/".join(parts), None
+
+
+def cut(root: str, path: bytes, length: int) -> list[Part]:
+    """Cut an archive into parts of about a task each; one that is damaged, or that only a stream reads, is one part."""
+    parts: list[Part] = []
+    twins: list[int] = []
+    names: set[str] = set()
+    start = n_bytes = 0
+    try:
+        with open_archive(os.fsencode(root), path, length, None) as file:
+            if archive_of(file.read(512)) not in ("zip", "tar"):
+                return [WHOLE]
+            for member in members_of(file, path, length, WHOLE):
+                if n_bytes >= TASK_BYTES:
+                    parts.append(Part(start, member.at, tuple(twins)))
+                    start, n_bytes, twins = member.at, 0, []
+                n_bytes += member.length + OPEN_BYTES
+                name, _ = clean(member.name)
+                if name in names:
+                    twins.append(member.at)
+                names.add(name)
+    except Refused:
+        return [WHOLE]
+    except OSError as error:
+        raise SystemExit(f"ingest: {error}") from None
+    return [*parts, Part(start, None, tuple(twins))] if parts else [WHOLE]
+
+
+def zip_members(file: BinaryIO, length: int, part: Part) -> Iterator[Member]:
+    """Yield the files of a part of a ZIP archive, as its directory has them."""
+    start, stop = zip_directory(file, length)
+    at, stop = max(start, part.start), part.stop or stop
+    file.seek(at)
+    directory, total = memoryview(file.read(stop - at)), 0
+    while directory:
+        if len(directory) < 46 or directory[:4] != b"PK\1\2":
+            raise Refused("bad_archive", f"its directory is damaged at byte {at:,}")
+        maker, flags, method, crc, packed, size, n_name, n_extra, n_more, attributes, offset = struct.unpack_from(
+            "<HxxHHxxxxIIIHHHxxxxII", directory, 4
+        )
+        n = 46 + n_name + n_extra + n_more
+        if n > len(directory):
+            raise Refused("bad_archive", f"its directory is damaged at byte {at:,}")
+        text = zip_name(bytes(directory[46 : 46 + n_name]), is_utf8=bool(flags & 0x800))
+        size, packed, offset = long_numbers(bytes(directory[46 + n_name :][:n_extra]), size, packed, offset)
+        total += size
+        if total > HARMLESS + RATIO * length:
+            raise Refused("archive_bomb", f"{total:,} bytes and more in {length:,}")
+        refused = None
+        if maker >> 8 == 3 and stat.S_ISLNK(attributes >> 16):
+            refused = Refused("unreadable", "a link: pack the file itself")
+        elif flags & 1:
+            refused = Refused("encrypted", "it has a password: pack it without")
+        if not text.endswith("/"):
+            yield Member(at, text, size, partial(read_zipped, file, offset, packed, size, method, crc), refused)
+        at, directory = at + n, directory[n:]
+
+
+def zip_directory(file: BinaryIO, length: int) -> tuple[int, int]:
+    """Find where the directory of a ZIP archive starts and stops, by the record at its end."""
+    tail = max(0, length - 2**16 - 64)
+    file.seek(tail)
+    end = file.read()
+    at = end.rfind(b"PK\5\6")
+    if not 0 <= at <= len(end) - 22:
+        raise Refused("bad_archive", "a ZIP archive without the directory at its end: it is cut short, or damaged")
+    disk, size, start = struct.unpack_from("<HxxxxxxII", end, at + 4)
+    stop = tail + at
+    if end[max(0, at - 20) : at].startswith(b"PK\6\7"):  # ZIP64: more than 65,535 files, or 4 GiB
+        (stop,) = struct.unpack_from("<Q", end, at - 12)
+        file.seek(min(stop, length))
+        size, start = struct.unpack("<40xQQ", file.read(56).ljust(56))
+    if disk not in (0, 0xFFFF) or start + size != stop:
+        raise Refused("bad_archive", f"its directory should end at byte {start + size:,}, and does at {stop:,}: not whole")
+    return start, stop
+
+
+def long_numbers(extra: bytes, *numbers: int) -> Iterator[int]:
+    """Yield the numbers of an entry of a ZIP's directory; those of more than 32 bits are in its extra field."""
+    at, longs = 0, b""
+    while at + 4 <= len(extra):
+        key, n = struct.unpack_from("<HH", extra, at)
+        longs = extra[at + 4 : at + 4 + n] if key == 1 else longs
+        at += 4 + n
+    for number in numbers:
+        is_long = number == 0xFFFFFFFF and len(longs) >= 8
+        yield int.from_bytes(longs[:8], "little") if is_long else number
+        longs = longs[8:] if is_long else longs
+
+
+def zip_name(name: bytes, is_utf8: bool) -> str:
+    """Decode a name of a ZIP archive. macOS writes UTF-8 and does not say so; others that say nothing, code page 437."""
+    try:
+        text = name.decode()
+    except UnicodeDecodeError:
+        text = name.decode("utf-8", "surrogateescape") if is_utf8 else name.decode("cp437")
+    return text if "/" in text else text.replace("\\", "/")  # which some programs of Windows write
+
+
+def read_zipped(file: BinaryIO, offset: int, packed: int, length: int, method: int, crc: int) -> bytes:
+    """Read a file of a ZIP archive; never more than length bytes, whatever is packed there."""
+    if method not in (0, 8):
+        raise Refused("unreadable", f"packed by method {method} of ZIP: pack it by Deflate")
+    file.seek(offset)
+    header = file.read(30)
+    if len(header) < 30 or header[:4] != b"PK\3\4" or packed > 2 * length + 1024:
+        raise Refused("unreadable", "the archive's directory does not lead to it")
+    file.seek(sum(struct.unpack_from("<HH", header, 26)), os.SEEK_CUR)
+    content = file.read(packed)
+    if method == 8:
+        content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, length + 1)
+    if len(content) != length or zlib.crc32(content) != crc:
+        raise Refused("unreadable", "the archive has another checksum for it: it is damaged")
+    return content
+
+
+class Header(tarfile.TarInfo):
+    """A header of a tar; where it is damaged, tarfile itself would see the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in b"xgXLK" and header.size > ARCHIVE_HEADER):
+            raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        return header
+
+    @classmethod
+    def fromtarfile(cls, tar: Any) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if str(error) == "end of file header":
+                raise
+            raise tarfile.ReadError("no end mark: cut short" if str(error) == "empty header" else str(error)) from error
+
+
+class Stream:
+    """A compressed tar, unpacked as it is read, as long as that is no bomb."""
+
+    def __init__(self, file: BinaryIO, kind: str, length: int) -> None:
+        self.unpacked, self.length, self.n = pa.CompressedInputStream(file, kind), length, 0
+
+    def read(self, size: int) -> bytes:
+        content: bytes = self.unpacked.read(size)
+        self.n += len(content)
+        if self.n > HARMLESS + RATIO * self.length:
+            raise Refused("archive_bomb", f"{self.n:,} bytes and more in {self.length:,}")
+        return content
+
+
+def tar_members(file: BinaryIO, kind: str, length: int, part: Part) -> Iterator[Member]:
+    """Yield the files of a part of a tar; of a compressed one, each must be read before the next."""
+    file.seek(part.start)
+    mode, opened = ("r:", file) if kind == "tar" else ("r|", Stream(file, kind, length))
+    open_tar: Any = partial(tarfile.open, tarinfo=Header, encoding="utf-8", errors="surrogateescape", bufsize=2**20)
+    tar = open_tar(mode=mode, fileobj=opened)
+    while (header := tar.next()) is not None and (part.stop is None or header.offset < part.stop):
+        tar.members.clear()  # which would keep all headers
+        if header.size < 0:  # as an extended header may say
+            raise tarfile.ReadError(f"a file of {header.size:,} bytes")
+        if header.isreg():
+            yield Member(header.offset, header.name, header.size, tar.extractfile(header).read)
+        elif not header.isdir():
+            what = "a link: pack with `tar --dereference --hard-dereference`" if header.linkname else "no regular file"
+            yield Member(header.offset, header.name, 0, bytes, Refused("unreadable", what))
+    while header is None and (block := tar.fileobj.read(2**20)):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError("bytes after its end mark: two archives in one file?")
 
 
 def read_elsewhere(spark: SparkSession, listing: Listing, max_bytes: int) -> DataFrame:
-    """FILES that are not on this machine, read by Spark; those of more than max_bytes are left out.
+    """FILES that are not on this machine, read by Spark; those of more than max_bytes are left out, if they are no archives.
 
     Spark asks again for one that cannot be read, as often as it repeats a task, and then ends the stage with its name: that
     need be no fault of the file.
     """
-    is_part = any(reason in ("left_out", "not_in_share") for _, _, reason, _ in listing.ignored)
-    paths = [f"{listing.root}/{path}" for path, _ in listing.candidates] if is_part else [listing.root]
+    paths = [listing.root] if listing.chosen is None else [f"{listing.root}/{path}" for path in listing.chosen]
+    is_archive = F.lower("path").rlike("(" + "|".join(map(re.escape, ARCHIVES)) + ")$")
     return (
         spark.read.format("binaryFile")
         .option("recursiveFileLookup", True)
         .load([re.sub(r"([\\{}\[\]*?])", r"\\\1", path) for path in paths])  # names, not patterns
-        .where(F.col("length") <= max_bytes)
+        .where((F.col("length") <= max_bytes) | ((F.col("length") <= MOVABLE) & is_archive))
         .select(F.encode(F.col("path").substr(len(listing.root) + 2, 2**31 - 1), "UTF-8").alias("path"), "length", "content")
     )
 
@@ -505,19 +934,15 @@ def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
     return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
 
 
-def ignore(spark: SparkSession, inspected: DataFrame, listing: Listing) -> DataFrame:
+def ignore(inspected: DataFrame) -> DataFrame:
     """IGNORED: files that were not read, and those whose content and name are not those of an image."""
-    rows = [(show(path), *rest) for path, *rest in listing.ignored]
-    by_name = spark.createDataFrame(rows, IGNORED, verifySchema=False)
-    by_content = inspected.where(F.col("reason") == "no_image").select(
-        "path", "length", "reason", F.col("detail").alias("kind")
-    )
-    return by_name.union(by_content)
+    is_ignored = F.col("reason").isin(*PASSED_OVER)
+    return inspected.where(is_ignored).select("path", "length", "reason", F.col("detail").alias("kind"))
 
 
 def count(inspected: DataFrame) -> list[Row]:
     """Count the files of each folder by what became of them: label, folder, reason, kind, n, n_bytes, path of the first."""
-    is_other = F.col("reason") == "no_image"
+    is_other = F.col("reason").isin(*PASSED_OVER)
     keys = ("label", F.regexp_replace("path", "/[^/]*$", "").alias("folder"), "reason", F.when(is_other, F.col("detail")))
     return (
         inspected.groupBy(*keys[:3], keys[3].alias("kind"))
@@ -529,10 +954,11 @@ def count(inspected: DataFrame) -> list[Row]:
 def add_up(groups: list[Row]) -> dict[str, int]:
     images = [group for group in groups if group.reason is None]
     n_images = sum(group.n for group in images)
-    n_quarantined = sum(group.n for group in groups if group.reason not in (None, "no_image"))
+    n_quarantined = sum(group.n for group in groups if group.reason not in (None, *PASSED_OVER))
     return {
         "n_files": n_images + n_quarantined,
         "n_quarantined": n_quarantined,
+        "n_bad_archives": sum(group.n for group in groups if group.reason in BAD_ARCHIVES),
         "n_images": n_images,
         "n_labels": len({group.label for group in images}),
         "n_bytes": sum(group.n_bytes for group in images),
@@ -544,10 +970,9 @@ def folders_of(groups: list[Row]) -> list[tuple[str, str, int]]:
     return sorted((group.label, group.folder, group.n) for group in groups if group.reason is None)
 
 
-def kinds_of(groups: list[Row], listing: Listing) -> list[tuple[str, int, str]]:
+def kinds_of(groups: list[Row]) -> list[tuple[str, int, str]]:
     """List the kinds of ignored files: kind, number, path of the first; the most frequent first."""
-    others = [(kind, 1, show(path)) for path, _, _, kind in listing.ignored]
-    others += [(group.kind, group.n, group.path) for group in groups if group.reason == "no_image"]
+    others = [(group.kind, group.n, group.path) for group in groups if group.reason in PASSED_OVER]
     kinds: dict[str, tuple[int, str]] = {}
     for kind, n, path in others:
         n_before, first = kinds.get(kind, (0, path))
@@ -614,6 +1039,12 @@ def say_labels(folders: list[tuple[str, str, int]], label_depth: int) -> list[st
 
 def say_too_many(counts: dict[str, int], max_quarantined: int | float) -> str | None:
     """Say that more files are refused than max_quarantined allows, a number or a share of all; None if not."""
+    if counts["n_bad_archives"] and not isinstance(max_quarantined, int):
+        return (
+            f"{counts['n_bad_archives']:,} archives cannot be read to their ends. Nobody knows how many files they have, so "
+            f"max_quarantined {max_quarantined}, a share of all, allows none. All are in the quarantine table. Mend or "
+            "remove them, or set max_quarantined to a number of files."
+        )
     allowed = max_quarantined if isinstance(max_quarantined, int) else max_quarantined * counts["n_files"]
     if counts["n_quarantined"] <= allowed:
         return None

@@ -19,6 +19,7 @@ from bootstrap import parameters
 from reports import delivery
 from stages import ingest
 from tests.helpers import PARAMS, ROOT
+from tests.test_archives import archive_of
 from tests.test_ingest import HEIC, with_orientation
 
 
@@ -84,7 +85,7 @@ def test_what_is_in_a_delivery_is_said(repository: Path, brought: Path, capsys: 
     assert "ignored   2 files: hidden 1, txt 1" in said
 
 
-ODD = {"max_file_mb": 1, "max_pixels": 10_000, "min_side": 10, "leave_out": ["*/left out/*"], "max_quarantined": 1.0}
+ODD = {"max_file_mb": 1, "max_pixels": 10_000, "min_side": 10, "leave_out": ["*/left out/*"], "max_quarantined": 100}
 
 
 @pytest.fixture
@@ -130,6 +131,20 @@ def odd(tmp_path: Path, image_bytes: Callable[..., bytes]) -> Path:
         os.fsdecode(b"P\xeache/notes.txt"): b"text",
         os.fsdecode(b"P\xeache/.hidden"): b"",
     }
+    members = {"Kiwi/1.jpg": photo, "Kiwi/2.jpg": photo, "Kiwi/cut.jpg": photo[:200], "../1.jpg": photo, "Kiwi/a.zip": b"PK"}
+    members |= {"Pear/1.jpg": photo, "Kiwi/.hidden.jpg": photo, "Kiwi/left out/1.jpg": photo, "Kiwi/notes.txt": b"text"}
+    packed = bytearray(archive_of("zip", members).replace(b"Kiwi/2", b"Kiwi/1"))
+    packed[packed.rindex(b"Pear/1") - 46 + 8] |= 1  # it has a password
+    contents |= {
+        "packed.zip": bytes(packed),
+        "Lemon.tar": archive_of("tar", {"1.jpg": photo}),
+        "cut.zip": bytes(packed[:-30]),
+    }
+    contents |= {"left out/x.zip": bytes(packed)}
+    bomb = bytearray(archive_of("zip", {"Kiwi/1.jpg": photo}))
+    at = bomb.index(b"PK\1\2") + 24
+    bomb[at : at + 4] = b"\0\0\0\x60"  # bytes, unpacked: 1.5 GiB
+    contents |= {"bomb.zip": bytes(bomb)}
     for path, content in contents.items():
         write(folder / path, content)
     (folder / "Kiwi/link.jpg").symlink_to("1.jpg")
@@ -153,8 +168,10 @@ def test_each_file_is_what_ingest_says_it_is(spark: SparkSession, odd: Path, tmp
         for file in delivery.look(odd, ingest.parse_args(["", "", *flags]))
     }
     assert seen == wanted
-    assert len(seen) == sum(len(names) for _, _, names in os.walk(odd))
+    n_packed = 8 + 1  # in packed.zip, of which two have one name, and in Lemon.tar
+    assert len(seen) == sum(len(names) for _, _, names in os.walk(odd)) - 2 + n_packed
     assert {row["reason"] for row in quarantine} == {*ingest.REASONS}
+    assert wanted["Lemon.tar/1.jpg"][0] == "Lemon"
     assert {row["reason"] for row in ignored} == {*ingest.PASSED_OVER} - {"not_in_share"}
 
 
@@ -348,3 +365,64 @@ def test_the_command_of_the_experiment_gives_dvc_the_name_of_the_folder(name: st
     )
     apply_overrides(repository / "params.yaml", [command.stdout.rstrip("\n")])
     assert yaml.safe_load((repository / "params.yaml").read_text())["images"] == name
+
+
+# Archives
+
+
+@pytest.fixture
+def zipped(brought: Path) -> Path:
+    """The same delivery, with all of it in an archive."""
+    contents = {str(path.relative_to(brought)): path.read_bytes() for path in sorted(brought.rglob("*")) if path.is_file()}
+    shutil.rmtree(brought)
+    write(brought / "archive.zip", archive_of("zip", contents))
+    return brought
+
+
+def test_what_is_in_an_archive_is_said_as_of_a_folder(
+    repository: Path, zipped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    delivery.main(["--look", str(zipped)])
+    said = capsys.readouterr().out
+    assert "brought: 3 photographs of 2 labels, " in said
+    assert "labels    Apple 2, Plum 1" in said
+    assert "refused   1 truncated:\n            archive.zip/Plum/cut.jpg: " in said
+    assert "ignored   2 files: hidden 1, txt 1" in said
+
+
+def test_an_archive_is_taken_in_whole(repository: Path, zipped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content_of(zipped)
+    delivery.main([str(zipped)])
+    assert content_of(repository / "data/mine") == before
+    assert "3 photographs are in data/mine now" in capsys.readouterr().out
+
+
+def test_an_archive_without_a_photograph_stays_where_it_is(repository: Path, brought: Path) -> None:
+    write(brought / "notes.zip", archive_of("zip", {"Plum/notes.txt": b"text"}))
+    write(brought / "cut.zip", archive_of("zip", {"Plum/notes.txt": b"text"})[:-9])
+    delivery.main([str(brought)])
+    assert {*content_of(repository / "data/mine")} == {*PHOTOGRAPHS}
+
+
+def test_what_the_collection_has_in_an_archive_is_known(
+    repository: Path, zipped: Path, image_bytes: Callable[..., bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    delivery.main([str(zipped)])
+    write(zipped / "Pear/again.jpg", image_bytes(seed=1))
+    capsys.readouterr()
+    delivery.main(["--look", str(zipped)])
+    said = capsys.readouterr().out
+    assert "known     3 are in data/mine already\n" in said
+    assert "under another label: one of the two is wrong\n            Pear/again.jpg = archive.zip/Apple/1.jpg" in said
+    assert "new       labels that data/mine does not have: Pear\n" in said
+
+
+def test_an_archive_of_the_same_name_is_never_written_over(repository: Path, zipped: Path) -> None:
+    delivery.main([str(zipped)])
+    before = content_of(repository)
+    content = bytearray((zipped / "archive.zip").read_bytes())
+    content[content.rindex(b"PK\1\2") + 38] ^= 1  # the rights of its last file
+    write(zipped / "archive.zip", bytes(content))
+    with pytest.raises(SystemExit, match=r"^Nothing is taken in: archive\.zip is in data/mine already, with other content"):
+        delivery.main([str(zipped)])
+    assert content_of(repository) == before

@@ -138,8 +138,8 @@ def odd(spark: SparkSession, image_bytes: Callable[..., bytes], tmp_path_factory
     rows = inspected.select("path", "label", "reason").collect()
     return Output(
         {row.path: row.label for row in rows if row.reason is None},
-        {row.path: row.reason for row in rows if row.reason not in (None, "no_image")},
-        {row.path: (row.reason, row.kind) for row in ingest.ignore(spark, inspected, listing).collect()},
+        {row.path: row.reason for row in rows if row.reason not in (None, *ingest.PASSED_OVER)},
+        {row.path: (row.reason, row.kind) for row in ingest.ignore(inspected).collect()},
         "",
     )
 
@@ -255,7 +255,7 @@ def test_elsewhere_names_that_spark_skips_end_the_run(
 
 def taken(paths: list[str], **given: Any) -> list[str]:
     reads = ingest.reader_of_names(**(ALL | given))
-    return [path for path in paths if reads(path) is None]
+    return [path for path in paths if reads(path, False) is None]
 
 
 PATHS = ["Apple/1.jpg", "Pear/1.jpg", "test-multiple_fruits/1.jpg", "all/test-multiple_fruits/2.jpg"]
@@ -392,7 +392,7 @@ def test_a_number_of_refused_files_ends_the_run_if_one_more_is(run: Run, photos:
 @pytest.mark.parametrize(("given", "allowed"), [(0, 0), (3, 3), (1, 1), (0.01, 2), (1.0, 200), (0.0, 0)])
 def test_a_limit_with_a_decimal_point_is_a_share(given: float, allowed: int) -> None:
     limit = ingest.count_or_share(str(given))
-    said = [ingest.say_too_many({"n_files": 200, "n_quarantined": n}, limit) for n in range(201)]
+    said = [ingest.say_too_many({"n_files": 200, "n_quarantined": n, "n_bad_archives": 0}, limit) for n in range(201)]
     assert [each is None for each in said] == [n <= allowed for n in range(201)]
 
 
