@@ -15,6 +15,7 @@ CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
 PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONUTF8 := 1 # names and texts are UTF-8, whatever the locale
 
 .DEFAULT_GOAL := help
 .PHONY: help run app page add look pack report compare verify experiments bench test test-slow test-release chaos lint lock cache-info cache-clear \
@@ -93,8 +94,8 @@ lock: .venv/dev ## constraints*.txt of requirements*.txt; a version moves only w
 cache-info: .venv/run ## what the feature cache holds: network, size of images, batch size, precision, images, MB
 	@python -m reports.cache "$(CACHE)"
 
-cache-clear: ## empty the feature cache; what is wanted again is computed again
-	rm -rf "$(CACHE)"
+cache-clear: .venv/run ## empty the feature cache; what is wanted again is computed again
+	@python -m reports.cache --clear "$(CACHE)"
 
 remote: .venv/run ## DVC's remote on S3, to share data and results; BUCKET=name, in the EU
 	@test -n "$(BUCKET)" || { echo 'remote: say which bucket: make remote BUCKET=name'; exit 1; }

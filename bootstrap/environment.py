@@ -58,13 +58,13 @@ def spark_environment(environment: Mapping[str, str], options: str = "") -> dict
     Raises
     ------
     SystemExit
-        one of OF_JAVA has a setting of Spark, which could change results where nobody looks for it
+        one of OF_JAVA has a setting of Spark, or a file of them, which could change results where nobody looks for it
     """
     for name in OF_JAVA:
-        if setting := re.search(r"-D(spark\.[^\s=\"']+)", environment.get(name, "")):
+        if setting := re.search(r"-D(spark\.[^\s=\"']+)|(?<!\S)(@\S+)", environment.get(name, "")):
             raise SystemExit(
-                f"submit: {name} sets {setting[1]}. From there, a setting of Spark could change results: unset {name}, or "
-                "take the setting out of it."
+                f"submit: {name} sets {setting[1] or setting[2]}. From there, a setting of Spark could change results: unset "
+                f"{name}, or take that out of it."
             )
     given = environment.get("SPARK_SUBMIT_OPTS", "")
     own = {

@@ -1,9 +1,10 @@
-"""Say what the feature cache holds: a line for each network, size of images, batch size and precision.
+"""Say what the feature cache holds, a line for each network, size of images, batch size and precision; or empty it.
 
-usage: python -m reports.cache FOLDER
+usage: python -m reports.cache [--clear] FOLDER
 """
 
 import json
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -15,11 +16,20 @@ HEADINGS = ("network", "pixels", "batch", "precision", "images", "MB", "folder")
 
 
 def main(argv: list[str]) -> None:
-    (cache,) = map(Path, argv)
-    lines = [describe(about.parent) for about in sorted(cache.glob("*/about.json"))]
-    if not lines:
-        print(f"cache: {cache} holds no features")
+    is_to_clear = argv[:1] == ["--clear"]
+    (place,) = argv[is_to_clear:]
+    if "://" in place:
+        raise SystemExit(f"cache: {place} is not on this machine; look at it there, or delete it there")
+    folders = sorted(path.parent for path in Path(place).glob("*/about.json") if "backbone" in json.loads(path.read_text()))
+    if not folders:
+        print(f"cache: {place} holds no features")
         return
+    if is_to_clear:
+        for folder in folders:  # and nothing else: FEATURE_CACHE may be a folder that holds other things too
+            shutil.rmtree(folder)
+        print(f"cache: {len(folders):,} kinds of features are deleted from {place}")
+        return
+    lines = [describe(folder) for folder in folders]
     widths = [max(map(len, column)) for column in zip(HEADINGS, *lines, strict=True)]
     for line in (HEADINGS, *lines):
         print("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip())

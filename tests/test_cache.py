@@ -1,4 +1,4 @@
-"""reports/cache.py: what `make cache-info` says."""
+"""reports/cache.py: what `make cache-info` says, and what `make cache-clear` deletes."""
 
 import json
 from pathlib import Path
@@ -43,3 +43,19 @@ def test_damaged_files_are_counted_as_without_images(tmp_path: Path, capsys: pyt
     (folder / "part-00002.parquet").write_bytes(b"garbage" * 9)
     cache.main([str(tmp_path / "cache [1]")])
     assert capsys.readouterr().out.splitlines()[1].split()[-3] == "2"
+
+
+@pytest.mark.parametrize("flags", [[], ["--clear"]], ids=["info", "clear"])
+def test_a_cache_elsewhere_is_refused(flags: list[str]) -> None:
+    with pytest.raises(SystemExit, match="s3://bucket/cache is not on this machine"):
+        cache.main([*flags, "s3://bucket/cache"])
+
+
+def test_to_clear_deletes_features_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, about in (("a1", {"backbone": {}}), ("letters", {"author": "somebody"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "about.json").write_text(json.dumps(about))
+    (tmp_path / "thesis.txt").touch()
+    cache.main(["--clear", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["letters", "thesis.txt"]
+    assert capsys.readouterr().out == f"cache: 1 kinds of features are deleted from {tmp_path}\n"

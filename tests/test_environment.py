@@ -95,6 +95,11 @@ def test_a_setting_of_spark_among_the_options_of_java_is_refused(name: str) -> N
         spark_environment({name: options})
 
 
+def test_a_file_of_options_of_java_is_refused() -> None:
+    with pytest.raises(SystemExit, match="JDK_JAVA_OPTIONS sets @options.txt"):
+        spark_environment({"JDK_JAVA_OPTIONS": "-Xmx2g @options.txt"})
+
+
 def test_other_options_of_java_are_kept() -> None:
     options = "-Djava.io.tmpdir=/scratch/spark.tmp"
     assert options in spark_environment({"SPARK_SUBMIT_OPTS": options})["SPARK_SUBMIT_OPTS"]

@@ -284,20 +284,6 @@ def test_tasks_are_as_many_as_cores_or_a_multiple(
     assert work.rdd.getNumPartitions() == n_tasks
 
 
-@pytest.mark.slow
-def test_tasks_are_as_many_as_is_set_though_fewer_cores_are_there(
-    graph: bytes, contents: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dspark.default.parallelism=6")
-    place = Workplace(tmp_path, graph)
-    for i, content in enumerate(contents):
-        place.add(f"Apple/{i}.{'png' if i % 2 else 'jpg'}", content)
-    place.ingest()
-    place.features()
-    names = {file.name.split("-")[1] for file in tmp_path.glob("cache/**/part-*.parquet")}
-    assert "00003" in names or "00004" in names or "00005" in names
-
-
 def test_only_what_is_not_computed_is_missing_and_only_once(spark: SparkSession) -> None:
     images = spark.createDataFrame([("a",), ("b",), ("b",), ("c",), ("c",)], "content_id string")
     computed = spark.createDataFrame([("a", [1.0]), ("a", [1.0]), ("c", [3.0]), ("z", [9.0])], featurize.COMPUTED)
