@@ -63,8 +63,8 @@ def spark_environment(environment: Mapping[str, str], options: str = "") -> dict
     for name in OF_JAVA:
         if setting := re.search(r"-D(spark\.[^\s=\"']+)|(?<!\S)(@\S+)", environment.get(name, "")):
             raise SystemExit(
-                f"submit: {name} sets {setting[1] or setting[2]}. From there, a setting of Spark could change results: unset "
-                f"{name}, or take that out of it."
+                f"submit: {name} sets {setting[1] or setting[2]}. From there, a setting of Spark could change results: "
+                f"unset {name}, or take that out of it."
             )
     given = environment.get("SPARK_SUBMIT_OPTS", "")
     own = {

@@ -96,7 +96,7 @@ def test_a_setting_of_spark_among_the_options_of_java_is_refused(name: str) -> N
 
 
 def test_a_file_of_options_of_java_is_refused() -> None:
-    with pytest.raises(SystemExit, match="JDK_JAVA_OPTIONS sets @options.txt"):
+    with pytest.raises(SystemExit, match=r"JDK_JAVA_OPTIONS sets @options\.txt"):
         spark_environment({"JDK_JAVA_OPTIONS": "-Xmx2g @options.txt"})
 
 
