@@ -15,7 +15,8 @@ CACHE := $(or $(FEATURE_CACHE),.dvc/tmp/feature-cache)
 LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --custom-compile-command 'make lock'
 PIP := pip install --quiet --disable-pip-version-check --require-hashes
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-export PYTHONUTF8 := 1 # names and texts are UTF-8, whatever the locale
+# Names and texts are UTF-8, whatever the locale.
+export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help run app page add look pack report compare verify experiments bench test test-slow test-release chaos lint lock cache-info cache-clear \
