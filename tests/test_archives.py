@@ -570,7 +570,9 @@ def test_to_cut_an_archive_takes_some_bytes_for_each_file(kind: str, tmp_path: P
 # Elsewhere
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("zip", "tar.zst") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_elsewhere_an_archive_is_read_as_here(
     kind: str,
     run: Run,  # noqa: F811

@@ -73,7 +73,7 @@ def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     """AWS with the stack and a cluster, an empty bucket, and here a folder with a stage and three files for it."""
     for name, value in played.environment.items():
         monkeypatch.setenv(name, value)
-    for module in (remote, bucket):
+    for module in (remote, bucket, serverless):
         monkeypatch.setattr(module, "SECONDS", 0.05)
     monkeypatch.setattr(remote, "LOG_SECONDS", 0.2)
     monkeypatch.setattr(serverless, "BILL_SECONDS", 0.2)
