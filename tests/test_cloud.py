@@ -170,9 +170,13 @@ def test_another_lock_than_here_is_a_failure(there: Aws, commands: list[str], mo
 
 @pytest.mark.slow
 def test_with_real_stages_it_ends_with_the_lock_of_the_run_here(
-    there: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: Aws, run_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All but the stack, the wheelhouse and the check is done as in a real account; these have tests of their own."""
+    """All but the stack, the wheelhouse and the check is done as in a real account; these have tests of their own.
+
+    The run here comes from the cache of the one that many tests share.
+    """
+    monkeypatch.setattr(trial, "FRAMES", 4)
     commit = tmp_path / "commit"
     for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines():
         if (ROOT / name).is_file():
@@ -194,6 +198,8 @@ def test_with_real_stages_it_ends_with_the_lock_of_the_run_here(
             instances = {"KeepJobFlowAliveWhenNoSteps": True}
             there.client("emr").run_job_flow(Name=NAME, LogUri=f"s3://{BUCKET}/logs/", Instances=instances)
         elif command[2:] not in {("bootstrap.aws.wheelhouse",), ("bootstrap.aws.check",)}:
+            if environment == {"SPARK_TARGET": "local"}:
+                shutil.copytree(run_once / ".dvc/cache", cwd / ".dvc/cache")
             carry_out(*command, cwd=cwd, **environment)
 
     monkeypatch.setattr(trial, "call", call)
