@@ -72,7 +72,7 @@ def test_a_seed_plays_each_kind_of_fault_once_in_as_many_rounds() -> None:
 
 
 @pytest.mark.slow
-def test_after_a_few_rounds_of_chaos_all_is_well(tmp_path: Path) -> None:
-    flags = ["--seed", "1", "--rounds", "4", "--folder", str(tmp_path)]
+def test_after_a_round_of_chaos_all_is_well(tmp_path: Path) -> None:
+    flags = ["--seed", "1", "--rounds", "1", "--fault", "damage", "--folder", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "tests.chaos", *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -508,13 +508,11 @@ def test_told_to_end_it_cancels_the_step_and_ends(number: signal.Signals, there:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_pipeline_gives_the_same_lock_as_here(
-    target: str, there: Aws, clone: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_pipeline_gives_the_same_lock_as_here(there: Aws, clone: Path) -> None:
+    """On EMR Serverless; test_cloud.py runs it on a cluster."""
     there.is_plain = False
     before = yaml.safe_load((clone / "dvc.lock").read_text())
     forget(clone)
-    said = run("dvc", "repro", "reduce", cwd=clone, SPARK_TARGET=target)
+    said = run("dvc", "repro", "reduce", cwd=clone, SPARK_TARGET="emr-serverless")
     assert (len(there.commands), yaml.safe_load((clone / "dvc.lock").read_text())) == (len(SPARK_STAGES), before)
     assert "of data/ingested" not in said  # nor is any other output of one stage sent for the next
