@@ -50,6 +50,8 @@ from moto.servicequotas.exceptions import NoSuchResource
 from moto.servicequotas.models import ServiceQuotasBackend
 from moto.servicequotas.responses import ServiceQuotasResponse
 
+from bootstrap.aws import cloud
+
 REGION, NAME, BUCKET = "eu-west-3", "fruits", "fruits-bucket"
 ROLE = "arn:aws:iam::123456789012:role/fruits"
 SECRET = "not-a-key-that-opens-anything"
@@ -61,6 +63,16 @@ LINKED = {  # roles of AWS itself whose names moto does not know
     "ops.emr-serverless.amazonaws.com": "AWSServiceRoleForAmazonEMRServerless",
 }
 PLENTY = {"L-1216C47A": 64.0, "L-34B43A08": 64.0, "L-D05C8A75": 128.0}  # vCPUs on demand, on spot, of EMR Serverless
+
+
+def environment_of_the_driver(words: list[str]) -> dict[str, str]:
+    """What cluster.yaml says of it, for a job run or for the primary node; but Python is that of this machine."""
+    prefix = "spark.emr-serverless.driverEnv."
+    given = dict(word.removeprefix(prefix).split("=", 1) for word in words if word.startswith(prefix))
+    if not given:
+        of = {each["Classification"]: each for each in cloud.settings()["cluster"]["Configurations"]}
+        given = of["spark-env"]["Configurations"][0]["Properties"]
+    return {name: value for name, value in given.items() if not name.startswith("PY")}
 
 
 class Aws:
@@ -225,7 +237,7 @@ class Aws:
                 "PYSPARK_PYTHON": sys.executable,
                 "PYSPARK_DRIVER_PYTHON": sys.executable,
                 "SPARK_LOCAL_IP": "127.0.0.1",
-                "LC_ALL": "C.UTF-8",
+                **environment_of_the_driver(words),
                 "S3": str(root),
             },
             start_new_session=True,
