@@ -641,11 +641,8 @@ class Workplace:
 
     def start(self, stage: str, *arguments: str, cache: str = "cache") -> subprocess.Popen[str]:
         place = cache if "://" in cache else str(self.folder / cache)
-        settings = {
-            "FEATURE_CACHE": place,
-            "SPARK_DRIVER_MEMORY": "1g",
-            "SPARK_MASTER": "local[2,4]",
-        }  # four tries of a task
+        master = "local[2,4]" if "://" in cache else "local[2]"  # elsewhere, four tries of a task, as on a cluster
+        settings = {"FEATURE_CACHE": place, "SPARK_DRIVER_MEMORY": "1g", "SPARK_MASTER": master}
         settings["PYTHONPATH"] = str(ROOT)
         door = [sys.executable, "-m", "bootstrap.submit", "spark-submit"]
         return subprocess.Popen(
