@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     new = [file.path for file in in_folder if file.path not in known]
     n_new = sum((file.archive or file.path) in new for file in images)
     if not args.look and new:
-        take_in(args.folder, collection, new)
+        place(collection, new, lambda path, target: shutil.copyfile(args.folder / path, target))
         subprocess.run([sys.executable, "-m", "dvc", "add", "--quiet", str(collection)], check=True)
         print(f"{n_new:,} photographs are in {collection} now, and DVC knows them.")
         print(f"Next:  git add {shlex.quote(str(collection))}.dvc && git commit -m 'A delivery of {n_new:,} photographs'")
@@ -274,20 +274,25 @@ def compare(
     ]
 
 
-def take_in(folder: Path, collection: Path, paths: list[str]) -> None:
-    """Copy files into the collection: all of them, or none.
+def place(into: Path, paths: Collection[str], make: Callable[[str, Path], object]) -> None:
+    """Make files below a folder, all of them or none, and write over nothing.
 
-    All are copied beside the collection first, and then renamed to their places, which cost no space and little time.
+    All are made beside the folder first, and then linked to their places, which costs no space and little time.
+
+    Parameters
+    ----------
+    paths : relative to the folder
+    make : takes a path, and where to make the file
     """
-    beside = collection.with_name(f"{collection.name}.partial")
+    beside = into.with_name(f"{into.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     placed: list[Path] = []
     try:
         for path in paths:
             (beside / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / path, beside / path)
+            make(path, beside / path)
         for path in paths:
-            target = collection / path
+            target = into / path
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(beside / path, target)  # fails if somebody has put a file there meanwhile, as rename does not
             placed.append(target)

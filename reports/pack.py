@@ -13,7 +13,6 @@ is no stage of the pipeline.
 import argparse
 import hashlib
 import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from reports.delivery import place
 from stages import ingest
 
 # Stored, not deflated: photographs do not shrink. A ZIP archive has a checksum of each file and a directory, a tar neither.
@@ -38,30 +38,20 @@ def main(argv: list[str] | None = None) -> None:
     files = find(folder)
     if not files:
         raise SystemExit(f"pack: {args.folder} holds no file, or only hidden ones")
-    archives = {into / name: members for name, members in group(folder.name, files, args.mb * 10**6, args.by_label)}
+    archives = dict(group(folder.name, files, args.mb * 10**6, args.by_label))
     assert sum(map(len, archives.values())) == len(files)  # else two had one name
-    if there := [path for path in archives if os.path.lexists(path)]:
+    if there := [into / name for name in archives if os.path.lexists(into / name)]:
         raise SystemExit(f"pack: {len(there):,} of {len(archives):,} archives are there already, such as {there[0]}")
 
-    beside = into.with_name(f"{into.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    placed: list[Path] = []
-    try:
-        for path, members in tqdm(archives.items(), "pack", unit="archive", leave=False, disable=None):
-            target = beside / path.relative_to(into)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write(target, folder, members)
-        for path in archives:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.link(beside / path.relative_to(into), path)  # fails if somebody has put a file there meanwhile
-            placed.append(path)
-    except BaseException:
-        for path in placed:
-            path.unlink()
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    size = sum(path.stat().st_size for path in archives)
+    bar = tqdm(desc="pack", total=len(archives), unit="archive", leave=False, disable=None)
+
+    def make(name: str, target: Path) -> None:
+        write(target, folder, archives[name])
+        bar.update()
+
+    with bar:
+        place(into, archives, make)
+    size = sum((into / name).stat().st_size for name in archives)
     print(f"{len(files):,} files are in {len(archives):,} archives of {args.into} now, {size / 1e6:,.1f} MB")
 
 
