@@ -148,12 +148,16 @@ def read_names(path: Path, labels: list[str]) -> dict[str, dict[str, str]]:
 
 
 def fetch_runtime() -> None:
-    """Let npm fetch what package-lock.json pins, unless it is there already."""
-    lock, done = APP / "package-lock.json", MODULES / ".package-lock.json"
+    fetch(APP, "page: fetching TensorFlow.js and esbuild into app/node_modules, 100 MB")
+
+
+def fetch(folder: Path, said: str) -> None:
+    """Let npm fetch what the folder's package-lock.json pins, and say so, unless it is there already."""
+    lock, done = folder / "package-lock.json", folder / "node_modules" / ".package-lock.json"
     if done.is_file() and done.stat().st_mtime >= lock.stat().st_mtime:
         return
-    print("page: fetching TensorFlow.js and esbuild into app/node_modules, 100 MB")
-    run(find("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error")
+    print(said)
+    run(find("npm"), "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", cwd=folder)
     done.touch()
 
 
@@ -297,8 +301,8 @@ def find(program: str) -> str:
     return found
 
 
-def run(*command: str) -> None:
-    done = subprocess.run(command, cwd=APP, capture_output=True, text=True)
+def run(*command: str, cwd: Path = APP) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"page: {' '.join(command[:3])} failed:\n{(done.stdout + done.stderr).strip()[-2000:]}")
 
