@@ -101,6 +101,15 @@ class Aws:
         self.is_over = threading.Event()
         self.worker = threading.Thread(target=self.work, daemon=True)
 
+    def lend_keys(self, patch: pytest.MonkeyPatch, empty: Path | None = None) -> None:
+        """Let this process ask the server, with its keys; with a file in place of a configuration, where DVC wants one."""
+        for name, value in self.environment.items():
+            patch.setenv(name, value)
+        if empty:
+            empty.touch()
+            for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+                patch.setenv(name, str(empty))
+
     def client(self, service: str, region: str = REGION) -> Any:
         keys = {"aws_access_key_id": KEY_OF_AWS, "aws_secret_access_key": SECRET}
         return boto3.client(service, region_name=region, endpoint_url=self.url, **keys)
@@ -281,7 +290,9 @@ def keys(s3: Any, bucket: str) -> list[str]:
 
 @contextmanager
 def aws(folder: Path) -> Iterator[Aws]:
-    """A running Aws, alone in this process."""
+    """A running Aws, alone in this process, without what earlier ones have left in moto."""
+    for service in ("s3", "emr", "emr-serverless", "cloudformation", "ec2", "iam"):
+        get_backend(service).reset()
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()

@@ -99,6 +99,23 @@ def dvc_root(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """AWS as far as it can be played here: an Aws of tests/aws.py, which is slow to import."""
+    from tests.aws import aws
+
+    with aws(tmp_path_factory.mktemp("aws")) as played:
+        yield played
+
+
+@pytest.fixture
+def keys_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys for moto within this process, which open nothing."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A headless Chromium without a network."""
     webdriver = pytest.importorskip("selenium.webdriver")

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from moto.backends import get_backend
 
 from bootstrap.aws import check, cloud, cluster, cost, infrastructure, wheelhouse
-from tests.aws import REGION, Aws, aws
+from tests.aws import REGION, Aws
 
 SETTINGS = cloud.settings()
 RELEASE = SETTINGS["cluster"]["ReleaseLabel"]
@@ -21,20 +20,10 @@ FOLDER = wheelhouse.folder(wheelhouse.pins(SETTINGS, RELEASE))
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS..S3..BucketPolicy")
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
-    with aws(tmp_path_factory.mktemp("aws")) as played:
-        yield played
-
-
 @pytest.fixture
 def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     """AWS after `make cloud-setup wheelhouse`, and here a repository of DVC's after `make remote`."""
-    for name, value in played.environment.items():
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "empty"))  # DVC wants a file
-    (tmp_path / "empty").touch()
+    played.lend_keys(monkeypatch, empty=tmp_path / "empty")
     played.fresh()
     for service in ("cloudformation", "s3", "ec2", "iam"):
         get_backend(service).reset()

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,16 @@ from botocore.exceptions import NoCredentialsError
 
 from bootstrap.aws import cloud, cost
 from tests import cloud as trial
-from tests.aws import Aws, aws
+from tests.aws import Aws
 from tests.helpers import ROOT, SPARK_STAGES, run
 
 NAME, BUCKET = "fruits-test", "fruits-test-bucket"
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
-    with aws(tmp_path_factory.mktemp("aws")) as played:
-        yield played
-
-
 @pytest.fixture
 def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     """AWS with the stack and the cluster of somebody's own project."""
-    for name, value in played.environment.items():
-        monkeypatch.setenv(name, value)
-    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(name, str(tmp_path / "empty"))  # DVC wants a file
-    (tmp_path / "empty").touch()
+    played.lend_keys(monkeypatch, empty=tmp_path / "empty")
     played.fresh()
     played.is_paused = False
     monkeypatch.setattr(trial, "SECONDS", 0.1)

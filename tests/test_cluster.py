@@ -59,11 +59,8 @@ def quotas_of_the_account() -> dict[str, float]:
 
 
 @pytest.fixture
-def emr(monkeypatch: pytest.MonkeyPatch, quotas_of_the_account: dict[str, float]) -> Iterator[Any]:
+def emr(keys_of_nobody: None, monkeypatch: pytest.MonkeyPatch, quotas_of_the_account: dict[str, float]) -> Iterator[Any]:
     """EMR in Paris, with the stack there and Python for the nodes."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     with mock_aws():
         teach_quotas(monkeypatch, quotas_of_the_account)
         s3 = boto3.client("s3", region_name=SETTINGS["region"])

@@ -24,7 +24,7 @@ from moto.emr.responses import ElasticMapReduceResponse
 from bootstrap import remote, submit
 from bootstrap.aws import bucket, cloud, emr, serverless
 from tests import iam
-from tests.aws import BUCKET, KEY_OF_AWS, REGION, ROLE, SECRET, Aws, aws, keys
+from tests.aws import BUCKET, KEY_OF_AWS, REGION, ROLE, SECRET, Aws, keys
 from tests.helpers import ROOT, SPARK_STAGES, forget, run
 
 SERVICES: dict[str, Any] = {"emr": emr.Cluster, "emr-serverless": serverless.Application}
@@ -50,12 +50,6 @@ if what == "hang":
 """
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
-    with aws(tmp_path_factory.mktemp("aws")) as played:
-        yield played
-
-
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whoever starts stages: each call of theirs is one that LauncherPolicy allows, but for other buckets than ours."""
@@ -71,8 +65,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def there(played: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Aws:
     """AWS with the stack and a cluster, an empty bucket, and here a folder with a stage and three files for it."""
-    for name, value in played.environment.items():
-        monkeypatch.setenv(name, value)
+    played.lend_keys(monkeypatch)
     for module in (remote, bucket, serverless):
         monkeypatch.setattr(module, "SECONDS", 0.05)
     monkeypatch.setattr(remote, "LOG_SECONDS", 0.2)

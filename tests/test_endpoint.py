@@ -15,11 +15,8 @@ REGION = SETTINGS["region"]
 
 
 @pytest.fixture
-def ec2(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def ec2(keys_of_nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A network with the endpoint of EMR, and one that is not EMR's."""
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr(endpoint, "WAIT", 0)
     with mock_aws():
         ec2 = boto3.client("ec2", region_name=REGION)

@@ -21,7 +21,7 @@ from moto.iam.models import IAMBackend, Role
 from bootstrap.aws import cloud, cluster, endpoint, infrastructure, residency
 from tests.aws import teach_accounts
 from tests.helpers import ROOT
-from tests.iam import Template
+from tests.iam import Template, as_list
 
 SETTINGS = cloud.settings()
 REGION = SETTINGS["region"]
@@ -50,10 +50,6 @@ def properties(kind: str) -> dict[str, dict[str, Any]]:
 
 def statements(name: str) -> dict[str, dict[str, Any]]:
     return {statement["Sid"]: statement for statement in RESOURCES[name]["Properties"]["PolicyDocument"]["Statement"]}
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def test_cloudformation_would_take_the_template() -> None:
@@ -175,10 +171,7 @@ def test_no_policy_of_ours_allows_all_of_a_service() -> None:
 
 
 @pytest.fixture
-def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+def aws(keys_of_nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(infrastructure, "WAIT", 0)
     monkeypatch.setattr(residency, "require", lambda region, buckets, remotes: None)
 

@@ -14,7 +14,7 @@ from bootstrap import remote
 from bootstrap.aws import bucket, check, cloud, cluster, endpoint, infrastructure, residency, wheelhouse
 from tests import iam
 from tests.aws import KEY_OF_AWS, Aws, aws
-from tests.iam import ACCOUNT, REGION, Request, is_allowed
+from tests.iam import ACCOUNT, REGION, Request, as_list, is_allowed
 from tests.test_emr import STAGE, call
 from tests.test_wheelhouse import wheel
 
@@ -42,8 +42,7 @@ def life(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Life]:
 def live(played: Aws, here: Path, patch: pytest.MonkeyPatch) -> Life:
     life, made = Life(), list[iam.Call]()
     roles: dict[str, str] = {}
-    for name, value in played.environment.items():
-        patch.setenv(name, value)
+    played.lend_keys(patch)
     for module, name in ((remote, "SECONDS"), (bucket, "SECONDS"), (endpoint, "WAIT"), (infrastructure, "WAIT")):
         patch.setattr(module, name, 0.05)
     patch.setattr(remote, "LOG_SECONDS", 0.2)
@@ -53,7 +52,6 @@ def live(played: Aws, here: Path, patch: pytest.MonkeyPatch) -> Life:
     patch.chdir(here)
     (here / "stage.py").write_text(STAGE)
     (here / "in").mkdir()
-    (here / "empty").touch()
     (here / ".dvc").mkdir()
     for name in ("a", "b"):
         (here / f"in/{name}.txt").write_text(name)
@@ -85,8 +83,7 @@ def live(played: Aws, here: Path, patch: pytest.MonkeyPatch) -> Life:
         remote_here = {"storage": {"url": f"s3://{outputs['Bucket']}/dvc"}}
         remotes.setattr(residency, "dvc_remotes", lambda: remote_here)
         remotes.setattr(Config, "from_cwd", lambda: {"core": {"remote": "storage"}})
-        for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-            remotes.setenv(name, str(here / "empty"))  # DVC wants a file
+        played.lend_keys(remotes, empty=here / "empty")
         assert check.main([]) == 0
     noted("cloud-check")
     cluster.main(["up"])
@@ -149,10 +146,6 @@ def test_without_a_permission_the_calls_that_need_it_are_refused(target: str, li
         ]
         left = policy | {"Statement": [statement for statement in less if statement["Action"]]}
         assert not is_allowed(each, left), each
-
-
-def as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def test_a_cluster_is_made_with_the_projects_tag_and_only_one_with_it_can_be_ended() -> None:

@@ -22,10 +22,7 @@ RELEASE = SETTINGS["cluster"]["ReleaseLabel"]
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+def s3(keys_of_nobody: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with mock_aws():
         client = boto3.client("s3", region_name=SETTINGS["region"])
         client.create_bucket(Bucket="fruits-1", CreateBucketConfiguration={"LocationConstraint": SETTINGS["region"]})
