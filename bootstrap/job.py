@@ -86,8 +86,8 @@ def lock_folder(folder: Path) -> Iterator[int]:
         except BlockingIOError:
             print(f"submit: another run is still at work in {folder}; waiting for it to end", file=sys.stderr)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system that cannot lock a folder, such as NFS
+        except OSError as error:  # as on some network disks
+            print(f"submit: {folder} cannot be locked ({error.strerror}): start no second run there", file=sys.stderr)
         yield lock
     finally:
         os.close(lock)

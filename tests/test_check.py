@@ -141,6 +141,10 @@ def test_no_stack(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
     assert "`make cloud-setup` makes it" in wrong("stack", capsys)
 
 
+def test_an_unknown_release(there: Aws, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown release 'emr-6.15.0'; cluster.yaml knows " in wrong("stack", capsys, "--release", "emr-6.15.0")
+
+
 def test_a_stack_without_an_output_that_is_taken_from_it(
     there: Aws, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,13 +68,17 @@ def test_two_runs_write_to_two_folders_at_once(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_that_cannot_be_locked_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_locked_is_used_without_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def flock(file: int, operation: int) -> None:
         raise OSError(errno.EBADF, "Bad file descriptor")  # as of NFS
 
     monkeypatch.setattr(job.fcntl, "flock", flock)
     with job.lock_folder(tmp_path) as lock:
         assert os.fstat(lock).st_ino == tmp_path.stat().st_ino
+    said = f"submit: {tmp_path} cannot be locked (Bad file descriptor): start no second run there\n"
+    assert capsys.readouterr().err == said
 
 
 def place(tmp_path: Path) -> tuple[Job, Path]:

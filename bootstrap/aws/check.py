@@ -15,8 +15,6 @@ from typing import Any
 
 from bootstrap.aws import cloud, cluster, cost, infrastructure, quotas, residency, wheelhouse
 
-# By the beginning of a release's name: the port by which the nodes reach EMR, in the group ServiceAccessSecurityGroup.
-PORTS = {"emr-spark-": 443, "emr-7.": 9443}
 # CloudFormation compares the template with the one before, not with what there is: it sees nothing that was removed by hand.
 MEND = (
     "`make cloud-setup`, or, if that has nothing to change, `make cloud-delete cloud-setup`, makes it anew; the bucket stays"
@@ -77,7 +75,8 @@ def check_credentials(project: Project) -> str:
 
 
 def check_stack(project: Project) -> str:
-    """Check that the stack has all that cluster.yaml takes from it."""
+    """Check that cluster.yaml knows the release, and that the stack has all that cluster.yaml takes from it."""
+    wheelhouse.pins(dict(project.settings), project.release)
     return f"{project.settings['stack']}; {project.request['Name']} would be {project.release}"
 
 
@@ -134,7 +133,7 @@ def check_network(project: Project) -> str:
         raise SystemExit(f"no endpoint of {service} is available in {subnets[0]['VpcId']}, so nodes cannot start; {MEND}")
     group = outputs["ServiceAccessSecurityGroup"]
     (found,) = ec2.describe_security_groups(GroupIds=[group])["SecurityGroups"]
-    port = next(port for beginning, port in PORTS.items() if project.release.startswith(beginning))
+    port = 443 if project.release.startswith("emr-spark-") else 9443  # by which the nodes reach EMR
     # A rule for all protocols has no ports.
     if not any(rule.get("FromPort", 0) <= port <= rule.get("ToPort", port) for rule in found["IpPermissions"]):
         raise SystemExit(f"{group} does not admit port {port}, which {project.release} needs; {MEND}")
