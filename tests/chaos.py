@@ -84,15 +84,13 @@ class Round:
         self.n_runs += 1
         folder = folder or self.folder
         output = self.log.with_name(f"{self.log.name}-{self.n_runs}.txt")
-        # DVC remembers files by path, time and size; what it remembers of one round must not be believed in another.
-        own = {"DVC_SITE_CACHE_DIR": str(self.place / "site"), "SPARK_MASTER": "local[2]"}
         with output.open("w") as file:
             file.write(f"$ {' '.join(command)}\n")
             file.flush()
             process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env=environment_of(folder, **own | environment),
+                env=environment_of(folder, **alone(self.place) | environment),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -116,9 +114,8 @@ class Round:
     def forget(self, *stages: str, folder: Path | None = None) -> None:
         """Delete the outputs of stages, here and in DVC's cache."""
         folder = folder or self.folder
-        locks = [
-            yaml.safe_load((each / "dvc.lock").read_text())["stages"] for each in (self.reference, grown(self.reference))
-        ]
+        files = self.reference.parent.glob("*/dvc.lock")  # of the reference, and of the grown one
+        locks = [yaml.safe_load(file.read_text())["stages"] for file in files]
         for name in stages:
             remove(folder / OUTS[name])
             for lock in locks:
@@ -257,12 +254,15 @@ def hurt(round_: Round, path: Path, keeps_times: bool = False) -> None:
 
 def deliver(round_: Round) -> None:
     """Copy photographs into the collection, byte by byte, while the run works."""
+    delivery, later = round_.reference.parent / "delivery", grow(round_.reference)
+    # With both runs in its cache, the project computes what is due, and no more.
+    shutil.copytree(later / ".dvc/cache", round_.folder / ".dvc/cache", dirs_exist_ok=True)
     round_.forget("ingest")
     moment, gap = round_.moment(0.7), round_.random.uniform(0.05, 2)
     running = round_.start("dvc", "repro")
     time.sleep(moment)
-    for path in below(round_.reference.parent / "delivery"):
-        target = round_.folder / MINE / path.relative_to(round_.reference.parent / "delivery")
+    for path in below(delivery):
+        target = round_.folder / MINE / path.relative_to(delivery)
         target.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes()
         with target.open("wb") as file:
@@ -271,7 +271,7 @@ def deliver(round_: Round) -> None:
                 file.flush()
                 time.sleep(gap)
     round_.say(f"ingest due again; {DELIVERED} photographs came after {moment} s; the run ended with {running.wait()}")
-    round_.reference = grown(round_.reference)
+    round_.reference = later
 
 
 def run_twice(round_: Round) -> None:
@@ -417,7 +417,7 @@ def below(place: Path) -> list[Path]:
 
 
 def make_reference(folder: Path) -> Path:
-    """Make a project with a few photographs and run it, alone and with a delivery. What is there already is kept."""
+    """Make a project with a few photographs and run it, and a delivery beside it. What is there already is kept."""
     reference = folder / "reference"
     if reference.exists():
         return reference
@@ -434,25 +434,34 @@ def make_reference(folder: Path) -> Path:
             target = (partial / MINE if i < PER_LABEL else folder / "delivery") / label / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    own = {"DVC_SITE_CACHE_DIR": str(folder / "site"), "SPARK_MASTER": "local[2]"}
-    run("dvc", "add", MINE, cwd=partial, **own)
-    run("dvc", "repro", cwd=partial, **own)
+    environment = alone(folder)
+    run("dvc", "add", MINE, cwd=partial, **environment)
+    run("dvc", "repro", cwd=partial, **environment)
     run("git", "add", "--all", cwd=partial)
     run("git", "commit", "--quiet", "-m", "First", cwd=partial)
-    later = grown(reference)
-    shutil.rmtree(later, ignore_errors=True)
-    run("cp", "-a", str(partial), str(later), cwd=folder)
-    shutil.copytree(folder / "delivery", later / MINE, dirs_exist_ok=True)
-    run("dvc", "repro", cwd=later, **own)
-    # With both runs in its cache, a project computes what is due, and no more.
-    shutil.copytree(later / ".dvc/cache", partial / ".dvc/cache", dirs_exist_ok=True)
     partial.rename(reference)
     return reference
 
 
-def grown(reference: Path) -> Path:
-    """Return the project that has run with the delivery, too."""
-    return reference.with_name("grown")
+def grow(reference: Path) -> Path:
+    """Make the project that has run with the delivery, too. What is there already is kept."""
+    folder, later = reference.parent, reference.with_name("grown")
+    if not later.exists():
+        partial = reference.with_name("grown.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        run("cp", "-a", str(reference), str(partial), cwd=folder)
+        shutil.copytree(folder / "delivery", partial / MINE, dirs_exist_ok=True)
+        run("dvc", "repro", cwd=partial, **alone(folder))
+        partial.rename(later)
+    return later
+
+
+def alone(folder: Path) -> dict[str, str]:
+    """Return what a run's environment needs for DVC to believe nothing that it remembers of projects elsewhere.
+
+    DVC remembers files by path, time and size, and rounds have the same paths.
+    """
+    return {"DVC_SITE_CACHE_DIR": str(folder / "site"), "SPARK_MASTER": "local[2]"}
 
 
 @contextmanager
