@@ -325,7 +325,7 @@ def to_depthwise(convolution: layers.Conv2D) -> layers.Layer:
 
 
 def probe(image_size: int) -> np.ndarray:
-    """Make images that are the same everywhere, uint8 (N_PROBES, image_size, image_size, 3): 4 x 4 plain tiles, and noise."""
+    """Make images that are the same everywhere, 4 x 4 tiles with noise: uint8 (N_PROBES, image_size, image_size, 3)."""
     random = np.random.default_rng(0)
     tile = np.arange(image_size) * 4 // image_size
     tiles = random.integers(0, 256, (N_PROBES, 4, 4, 3))[:, tile][:, :, tile]
@@ -355,8 +355,8 @@ def step_of(features: np.ndarray, name: str) -> float:
     size = float(np.sqrt(np.mean(np.square(features, dtype=np.float64))))
     if not 0 < size < math.inf:
         raise SystemExit(
-            f"backbone: the features of {len(features)} test images have a root mean square of {size}, so {name} tells nothing "
-            "about an image. Are its weights those of this network?"
+            f"backbone: the features of {len(features)} test images have a root mean square of {size}, so {name} tells "
+            "nothing about an image. Are its weights those of this network?"
         )
     return 2.0 ** (round(math.log2(size)) - BITS)
 

@@ -156,12 +156,12 @@ def to_steps(features: np.ndarray, step: float) -> np.ndarray:
 
 
 def sums_of(steps: np.ndarray) -> Sums:
-    """Sums of the rows of an array of shape (n, n_features). They are exact, though BLAS knows only floating point."""
+    """Add up the rows of a float64 array of shape (n, n_features), n up to ROWS: no sum is rounded."""
     return Sums(len(steps), steps.sum(axis=0).astype("<i8"), lower_triangle(steps.T @ steps).astype("<i8"))
 
 
 def add(a: Sums, b: Sums) -> Sums:
-    """Sums of the rows of both.
+    """Add up the rows of both.
 
     Raises
     ------

@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     if beyond[0].value:
         n_features, n_images_beyond = (each.value for each in beyond)
         print(
-            f"featurize: {n_features:,} features of {n_images_beyond:,} images were beyond ±{MOST * backbone['step']:,g} and "
-            "were set to it"
+            f"featurize: {n_features:,} features of {n_images_beyond:,} images were beyond ±{MOST * backbone['step']:,g} "
+            "and were set to it"
         )
     print(
         f"featurize: {n_images:,} images x {backbone['n_features']:,} features; {n_missing:,} passes of {backbone['name']}"
@@ -262,9 +262,9 @@ def to_numbers(rows: DataFrame, step: float, n_beyond: Accumulator[int], n_image
     def convert(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
             steps = np.frombuffer(b"".join(batch["features"].to_pylist()), "<i2").reshape(batch.num_rows, -1)
-            if n := np.count_nonzero(is_beyond := np.abs(steps) == MOST):
-                n_beyond.add(n)
-                n_images_beyond.add(np.count_nonzero(is_beyond.any(axis=1)))
+            is_beyond = np.abs(steps) == MOST
+            n_beyond.add(int(is_beyond.sum()))
+            n_images_beyond.add(int(is_beyond.any(axis=1).sum()))
             values = steps.astype(np.float32).ravel() * np.float32(step)  # exact: step is a power of two
             lists = pa.ListArray.from_arrays(np.arange(len(steps) + 1, dtype=np.int32) * steps.shape[1], values)
             yield pa.RecordBatch.from_arrays([*batch.columns[:-1], lists], names=FEATURES.names)

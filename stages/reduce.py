@@ -148,7 +148,7 @@ def moments_of(n: int, step: float, total: np.ndarray, products: np.ndarray) -> 
     """Compute number, mean and scatter matrix of n rows of whole numbers of steps from their sums.
 
     The sums of products are large and nearly cancel, so they are moved near the mean while they are whole numbers. Their
-    bits above 64 are lost, and do not matter: the result has fewer. What is subtracted then is at most half of what is there.
+    bits above 64 are lost, and do not matter: the result has fewer. What is subtracted then is half of the rest at most.
 
     Parameters
     ----------

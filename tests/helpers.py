@@ -91,7 +91,7 @@ def make_images(n: int = 80, spread: float = 1.0, seed: int = 0) -> pd.DataFrame
     random = np.random.default_rng(seed)
     label = np.arange(n) % len(LABELS)
     centres = random.normal(size=(len(LABELS), N_FEATURES)) * 2
-    features = (centres[label] + random.normal(size=(n, N_FEATURES)) * spread * [3, 2, 1, 1, 0.5, 0.2])
+    features = centres[label] + random.normal(size=(n, N_FEATURES)) * spread * [3, 2, 1, 1, 0.5, 0.2]
     pixels = np.clip(80 * label[:, None] + random.normal(size=(n, 768)) * 80 * spread, 0, 255).astype(np.uint8)
     return pd.DataFrame(
         {
@@ -123,9 +123,9 @@ def on_grid(features: np.ndarray) -> np.ndarray:
 def sums_of(features: np.ndarray, fold: int = 0) -> dict[str, Any]:
     """A row of what the stage covariance writes, of features on the grid."""
     steps = (features / STEP).astype(np.int64)
-    products = (steps.T @ steps)[np.tril_indices(steps.shape[1])]
-    sums, products = (each.astype("<i8").tobytes() for each in (steps.sum(axis=0), products))
-    return {"fold": fold, "n": len(steps), "step": STEP, "sum": sums, "products": products}
+    triangle = (steps.T @ steps)[np.tril_indices(steps.shape[1])]
+    columns = {"sum": steps.sum(axis=0), "products": triangle}
+    return {"fold": fold, "n": len(steps), "step": STEP} | {name: each.tobytes() for name, each in columns.items()}
 
 
 def moments_of(features: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:

@@ -49,9 +49,8 @@ def run_stages(python: Path, output: Path) -> None:
     (output / "data").symlink_to(ROOT / "data")
     for stage in SPARK_STAGES:
         submit = [python, "-m", "bootstrap.submit", "spark-submit", ROOT / f"stages/{stage}.py"]
-        call(
-            *submit, *PLACES[stage], *flags(PARAMS.get(stage, {})), cwd=output, PYTHONPATH=str(ROOT), FEATURE_CACHE=f"{output}-cache"
-        )
+        words = [*PLACES[stage], *flags(PARAMS.get(stage, {}))]
+        call(*submit, *words, cwd=output, PYTHONPATH=str(ROOT), FEATURE_CACHE=f"{output}-cache")
 
 
 def compare(here: Path, there: Path) -> None:
