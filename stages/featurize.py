@@ -2,9 +2,10 @@
 
 usage: featurize.py INGESTED BACKBONE OUTPUT --batch_size 8 --precision float32 --images_per_file 2048
 
-reads   INGESTED/images  IMAGES
-        BACKBONE         graph.pb and backbone.json
-writes  OUTPUT           FEATURES, sorted by image_id and path within a file
+reads   INGESTED/images      IMAGES
+        BACKBONE             graph.pb and backbone.json
+writes  OUTPUT               FEATURES, sorted by image_id and path within a file
+        OUTPUT/_fingerprint  the name of the cache that they come from
 
 Features are rounded to multiples of the step that backbone.json names, a power of two. They are 16-bit numbers of steps
 wherever they are kept or travel, and float32 in OUTPUT. Sums of them and of their products are exact, in any order.
@@ -14,6 +15,9 @@ them but the image. Only the images that are not there go through the backbone. 
 there, so that a run that is killed loses no more than the tasks that were running. Each row there has a checksum: a file of
 which one does not agree is named and deleted, and its features are computed again. A file that cannot be read is no such
 file: it ends the run.
+
+A folder may hold the output of an earlier run (Spark setting spark.featurize.earlier), on this machine. What the cache lacks
+is taken over from there, if its fingerprint is that of the cache.
 """
 
 import argparse
@@ -22,6 +26,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -30,8 +35,9 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import distributions
+from importlib.metadata import Distribution, distributions
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -44,6 +50,7 @@ from pyspark import Accumulator, Broadcast, SparkConf, TaskContext
 from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
 
 IMAGES = T.StructType(
     [
@@ -77,7 +84,7 @@ SEEN = T.StructType(
     ]
 )
 PRECISIONS = ("float32", "bfloat16")
-LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a feature
+LIBRARIES = ("pillow", "tensorflow")  # that determine a feature
 PIXELS = {  # the values that `to_pixels` knows, by key of backbone.json's "pixels"; it makes any width and height
     "orientation": ("upright",),  # turned as EXIF says
     "mode": ("RGB",),
@@ -121,9 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     spark.conf.set("spark.sql.shuffle.partitions", max(n_files, spark.sparkContext.defaultParallelism))
 
     about = {"backbone": backbone, "batch_size": args.batch_size, "precision": args.precision}
-    cache = open_cache(spark, fingerprint(**about), about)
+    name = fingerprint(**about)
+    cache = open_cache(spark, name, about)
     missing = missing_ids(keys, heal(spark, cache, backbone["n_features"])).persist()
-    n_missing = missing.count()
+    n_missing, n_earlier = missing.count(), 0
+    if n_missing and (files := earlier_files(spark, name)):
+        earlier = take_over(spark, files, missing, backbone["step"], cache)
+        missing = missing_ids(missing, earlier).persist()
+        n_earlier = n_missing - missing.count()
+        n_missing -= n_earlier
     if n_missing:
         graph = read_bytes(spark, f"{args.backbone}/graph.pb")
         if hashlib.sha256(graph).hexdigest() != backbone["graph_sha256"]:
@@ -151,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     beyond = [spark.sparkContext.accumulator(0) for _ in ("features", "images")]
     to_numbers(rows, backbone["step"], *beyond).write.parquet(args.output)
+    write_bytes(spark, f"{args.output}/_fingerprint", f"{name}\n".encode())
     n_written = spark.read.parquet(args.output).count()
     if n_written != n_images:
         raise SystemExit(f"featurize: features for {n_written:,} of {n_images:,} images; was {cache} emptied meanwhile?")
@@ -162,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     print(
         f"featurize: {n_images:,} images x {backbone['n_features']:,} features; {n_missing:,} passes of {backbone['name']}"
+        + (f", {n_earlier:,} images from an earlier run" if n_earlier else "")
     )
 
 
@@ -323,9 +338,14 @@ def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> st
         "precision": precision,
         "code": [inspect.getsource(function) for function in (to_pixels, load, settings, to_steps, checksum)],
         "layout": CACHED.simpleString(),
-        "versions": [f"{name} {each.version}" for name in LIBRARIES for each in distributions(name=name)],
+        "versions": sorted({f"{name} {each.version}" for name in LIBRARIES for each in packages_of(name)}),
     }
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def packages_of(library: str) -> Iterable[Distribution]:
+    """Find what is installed of a library. The same code comes as `tensorflow` and as `tensorflow-cpu`."""
+    return [*distributions(name=library), *distributions(name=f"{library}-cpu")]
 
 
 def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
@@ -337,11 +357,8 @@ def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
         nothing can be written there.
     """
     cache = f"{spark.conf.get('spark.featurize.cache')}/{name}"
-    note, file_system = hadoop_path(spark, f"{cache}/about.json")
     try:
-        stream = file_system.create(note, True)
-        stream.write(bytearray(json.dumps(about, indent=2).encode()))
-        stream.close()
+        write_bytes(spark, f"{cache}/about.json", json.dumps(about, indent=2).encode())
     except Py4JJavaError as error:
         reason = error.java_exception.getMessage()
         raise SystemExit(f"featurize: cannot write to the feature cache {cache}: {reason}. Set FEATURE_CACHE.") from None
@@ -456,6 +473,63 @@ def append(computed: DataFrame, cache: str) -> None:
     )
 
 
+def earlier_files(spark: SparkSession, name: str) -> list[str]:
+    """List the files of an earlier run's output; none if it has not that fingerprint, or if there is no such output."""
+    folder = Path(spark.conf.get("spark.featurize.earlier", None) or "/nowhere")
+    with suppress(OSError, ValueError):  # not there, or no text
+        if (folder / "_fingerprint").read_text() == f"{name}\n":
+            return sorted(map(str, folder.glob("*.parquet")))
+    return []
+
+
+def take_over(spark: SparkSession, files: list[str], missing: DataFrame, step: float, cache: str) -> DataFrame:
+    """Write to the cache what the files have of the missing images, and give CACHED of these.
+
+    A file that is damaged, or cannot be read, is named and passed over: its features are computed again.
+    """
+
+    def look(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for path in (path for batch in batches for path in batch["path"].to_pylist()):
+            try:
+                ids, steps = parse_output(path, step)
+            except ValueError as error:
+                columns = [[None], [None], [None], [f"{os.path.realpath(path)} is damaged ({error})"]]
+            else:
+                columns = [ids, steps, [checksum(*row) for row in zip(ids, steps, strict=True)], [None] * len(ids)]
+            yield pa.RecordBatch.from_pydict(dict(zip(seen.names, columns, strict=True)), schema=seen)
+
+    seen = pa.schema([*to_arrow_schema(CACHED), ("fault", pa.string())])
+    paths = spark.createDataFrame([(path,) for path in files], "path string").repartition(len(files))
+    rows = paths.mapInArrow(look, "content_id string, features binary, checksum long, fault string").persist()
+    for row in rows.where("fault IS NOT NULL").sort("fault").collect():
+        print(f"featurize: {row.fault}; its features are computed again", file=sys.stderr)
+    found = rows.drop("fault").join(missing, "content_id", "left_semi").dropDuplicates(["content_id"]).persist()
+    append(found, cache)
+    return found
+
+
+def parse_output(path: str, step: float) -> tuple[list[str], list[bytes]]:
+    """Read a file of FEATURES as columns of COMPUTED.
+
+    Raises
+    ------
+    ValueError
+        the file is damaged, or is no such file
+    """
+    try:
+        table = pq.read_table(path, columns=["content_id", "features"], use_threads=False, page_checksum_verification=True)
+        ids = table["content_id"].to_pylist()
+        features = table["features"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
+        steps = to_steps(features, step)
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow raises nearly any on damaged bytes
+        raise ValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+    if None in ids or not np.array_equal(steps * np.float32(step), features):
+        raise ValueError("a row is not as this stage writes it")
+    return ids, [row.tobytes() for row in steps]
+
+
 @contextmanager
 def progress(passes: Accumulator[int], n_missing: int, every: float) -> Iterator[None]:
     """Say how far the backbone is, every so many seconds."""
@@ -481,6 +555,13 @@ def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
     jvm: Any = spark._jvm
     hadoop = jvm.org.apache.hadoop.fs.Path(path)
     return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
+
+
+def write_bytes(spark: SparkSession, path: str, content: bytes) -> None:
+    file, file_system = hadoop_path(spark, path)
+    stream = file_system.create(file, True)
+    stream.write(bytearray(content))
+    stream.close()
 
 
 def read_bytes(spark: SparkSession, path: str) -> bytes:
