@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
@@ -362,6 +363,20 @@ def test_the_caches_name_is_the_same_in_another_process() -> None:
     assert done.stdout.strip() == fingerprint()
 
 
+def test_the_package_that_brings_tensorflow_does_not_change_the_caches_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for packages in (
+        {"pillow", "tensorflow"},
+        {"pillow", "tensorflow-cpu"},
+        {"pillow", "tensorflow", "tensorflow-cpu"},
+        {"pillow"},
+    ):
+        versions = {name: [types.SimpleNamespace(version="2.21.0")] for name in packages}
+        monkeypatch.setattr(featurize, "distributions", lambda name, versions=versions: versions.get(name, []))
+        found.append(fingerprint())
+    assert found[0] == found[1] == found[2] != found[3]
+
+
 def test_what_the_backbone_is_called_does_not_change_the_caches_name() -> None:
     assert fingerprint(name="other") == fingerprint()
 
@@ -553,6 +568,91 @@ def test_a_sound_file_is_read_though_hadoops_checksum_is_damaged(spark: SparkSes
     crc.write_bytes(crc.read_bytes()[:-1] + bytes([crc.read_bytes()[-1] ^ 1]))
     assert featurize.heal(spark, str(cache), N_FEATURES).count() == 3
     assert ids_in(spark, cache) == "abc"
+
+
+# The output of an earlier run
+
+
+def write_earlier(folder: Path, *files: str, name: str = "name") -> list[Path]:
+    """Write an earlier output: each file has the images of those letters."""
+    folder.mkdir(exist_ok=True)
+    (folder / "_fingerprint").write_text(f"{name}\n")
+    parts = [folder / f"part-{number:05}.parquet" for number in range(len(files))]
+    for part, ids in zip(parts, files, strict=True):
+        features = pa.array([to_numbers(steps_of(each)) for each in ids], pa.list_(pa.float32()))
+        table = pa.table({"image_id": [*ids], "content_id": [*ids], "features": features})
+        pq.write_table(table, part, use_dictionary=False, write_statistics=False, write_page_checksum=True)
+    return parts
+
+
+def take_over(spark: SparkSession, cache: Path, folder: Path, missing: str) -> str:
+    """Let a run take over what it can, and give the images whose features it took."""
+    files = [str(file) for file in sorted(folder.glob("*.parquet"))]
+    rows = spark.createDataFrame([(each,) for each in missing], "content_id string")
+    taken = featurize.take_over(spark, files, rows, STEP, str(cache)).collect()
+    return "".join(sorted(row.content_id for row in taken))
+
+
+@pytest.mark.parametrize(("name", "n_files"), [("name", 2), ("another", 0)])
+def test_an_earlier_output_counts_only_if_its_fingerprint_is_that_of_the_cache(
+    name: str, n_files: int, spark: SparkSession, tmp_path: Path
+) -> None:
+    write_earlier(tmp_path / "earlier", "ab", "c", name=name)
+    spark.conf.set("spark.featurize.earlier", str(tmp_path / "earlier"))
+    assert len(featurize.earlier_files(spark, "name")) == n_files
+
+
+@pytest.mark.parametrize("place", [None, "nowhere", "without_a_fingerprint"], ids=str)
+def test_without_an_earlier_output_nothing_is_taken_over(place: str | None, spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "without_a_fingerprint").mkdir()
+    if place:
+        spark.conf.set("spark.featurize.earlier", str(tmp_path / place))
+    else:
+        spark.conf.unset("spark.featurize.earlier")
+    assert featurize.earlier_files(spark, "name") == []
+
+
+def test_what_is_missing_is_taken_over_and_nothing_else(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path / "cache")
+    write_earlier(tmp_path / "earlier", "ab", "bcd")
+    assert take_over(spark, cache, tmp_path / "earlier", "bdx") == "bd"
+    assert ids_in(spark, cache) == "bd"
+
+
+def test_what_is_taken_over_is_a_sound_row_of_the_cache(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path / "cache")
+    write_earlier(tmp_path / "earlier", "ab")
+    take_over(spark, cache, tmp_path / "earlier", "ab")
+    assert {row.content_id for row in featurize.heal(spark, str(cache), N_FEATURES).collect()} == {*"ab"}
+    read = featurize.read_cache(spark, str(cache)).collect()
+    assert {row.content_id: bytes(row.features) for row in read} == {each: steps_of(each) for each in "ab"}
+
+
+EARLIER = {
+    "truncated": DAMAGE["truncated"],
+    "garbage": DAMAGE["garbage"],
+    "without_a_byte": DAMAGE["without_a_byte"],
+    "gone": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+    "a_bit_flipped": lambda file: file.write_bytes(file.read_bytes().replace(b"\0\0\xa0\x40", b"\0\0\xa0\x41", 1)),  # 5.0
+    "other_columns": DAMAGE["other_columns"],
+    "not_on_the_grid": lambda file: pq.write_table(pa.table({"content_id": ["a"], "features": [[0.1, 0.2, 0.3]]}), file),
+}
+
+
+@pytest.mark.parametrize("harm", EARLIER)
+def test_a_damaged_file_of_an_earlier_output_is_named_and_passed_over(
+    harm: str, spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = open_cache(spark, tmp_path / "cache")
+    file, _ = write_earlier(tmp_path / "earlier", "ab", "c")
+    before = file.read_bytes()
+    EARLIER[harm](file)
+    assert harm == "gone" or file.read_bytes() != before
+    assert take_over(spark, cache, tmp_path / "earlier", "abc") == "c"
+    path = re.escape(os.path.realpath(file))
+    assert re.fullmatch(
+        rf"featurize: {path} is damaged \([^\n]+\); its features are computed again\n", capsys.readouterr().err
+    )
 
 
 # A cache that is elsewhere, where reading fails now and then
