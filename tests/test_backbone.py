@@ -412,13 +412,13 @@ def test_a_network_whose_features_tell_nothing_ends_the_stage(value: float) -> N
         backbone.step_of(np.full((4, 3), value, np.float32), "a network")
 
 
-def test_the_features_of_photographs_have_the_step_of_the_probe(lite0_graph: bytes) -> None:
+def test_the_features_of_the_probe_are_about_as_large_as_those_of_photographs(lite0_graph: bytes) -> None:
     photographs = [Image.fromarray(load_sample_image(name)).resize((64, 64)) for name in ("china.jpg", "flower.jpg")]
     steps = [
         backbone.step_of(features_of(lite0_graph, pixels), backbone.LITE0)
         for pixels in (np.stack([np.asarray(each) for each in photographs]), backbone.probe(64))
     ]
-    assert steps[0] == steps[1]
+    assert 0.5 <= steps[0] / steps[1] <= 2
 
 
 def test_the_probe_is_the_same_everywhere() -> None:
