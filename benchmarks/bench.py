@@ -52,6 +52,7 @@ GFLOP = 7.74  # of ResNet50 for an image of 224 x 224 pixels: two for each of it
 N_ROWS, N_FEATURES, K = 22_688, 2_048, 50
 GROWTH = {"photographs": (1_000, 20_000), "files": (10_000, 100_000), "rows": (10_000, 100_000, 1_000_000)}
 N_FEATURES_OF_ROWS = 256  # a million rows of 1,280 are 5 GB
+STEP = 2.0**-12  # of these features: the largest are some 5
 ROUNDS = {"whole": 2, "limit": 2, "pca": 1, "growth": 1, "executors": 2}
 FIELD = {"field, nothing cached": [], "field, features written first": ["--materialise"]}
 ENVIRONMENT = os.environ | {
@@ -237,7 +238,7 @@ def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         for n in GROWTH["rows"]:
             rows = folder / f"rows-{n}"
             with measured(f"covariance and reduce, {n:,} rows of {N_FEATURES_OF_ROWS}"):
-                submit(rows, "covariance", "features", "split", "covariance", PARAMS["covariance"])
+                submit(rows, "covariance", "features", "split", "backbone", "covariance", {})
                 submit(rows, "reduce", "features", "covariance", "reduced", PARAMS["reduce"])
     medians = iter([statistics.median(each) for each in seconds.values()])
     exponents = {}
@@ -255,7 +256,7 @@ def pca(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         for name, k in (("few", 8), ("all", K)):
             reduce = PARAMS["reduce"] | {"k": k}
             for stage, places in (
-                ("covariance", ("features", "split", "covariance", PARAMS["covariance"])),
+                ("covariance", ("features", "split", "backbone", "covariance", {})),
                 ("reduce", ("features", "covariance", "reduced", reduce)),
             ):
                 _, took = submit(folder / name, stage, *places)
@@ -397,15 +398,17 @@ def watch_memory() -> Iterator[dict[str, int]]:
 
 
 def write_features(folder: Path, n_rows: int, n_features: int) -> None:
-    """Write a table as featurize does, of random features whose variance falls, and their folds beside it."""
+    """Write a table as featurize does, of random features whose variance falls, and beside it their folds and their step."""
     folder.mkdir(parents=True)
+    (folder.parent / "backbone").mkdir()
+    (folder.parent / "backbone/backbone.json").write_text(json.dumps({"step": STEP}))
     folds = folder.parent / "split/images"
     folds.mkdir(parents=True)
     random = np.random.default_rng(0)
     scale = (1 / np.arange(1, n_features + 1)).astype(np.float32)
     for part, start in enumerate(range(0, n_rows, 2048)):
         n = min(2048, n_rows - start)
-        features = random.standard_normal((n, n_features), np.float32) * scale
+        features = np.rint(random.standard_normal((n, n_features), np.float32) * scale / STEP) * np.float32(STEP)
         names = [f"{start + i:064x}" for i in range(n)]
         columns = {
             "image_id": names,

@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-MOMENTS = ("fold", "n", "mean", "scatter")
+SUMS = ("fold", "n", "step", "sum", "products")
 UNREDUCED = ("features", "pixels")  # the spaces that no k changes
 SPACES = ("embedding", *UNREDUCED)
 ROWS = 1024  # of a distance matrix, at once
@@ -39,8 +39,17 @@ AS_WELL = 0.9  # pixels as features: the share of what either recognises beyond 
 RECOGNISED = 0.1  # by the features beyond chance, at least, or there is nothing to compare
 
 
+class Sums(NamedTuple):
+    """Of the features of one fold, in steps, as the stage covariance has them."""
+
+    n: int
+    step: float
+    total: np.ndarray  # int64, (n_features,)
+    products: np.ndarray  # int64, (n_features, n_features): the sum of outer products
+
+
 class Moments(NamedTuple):
-    """Of the features of one fold, as the stage covariance has them."""
+    """Of the features of one fold."""
 
     n: int
     mean: np.ndarray  # float64, (n_features,)
@@ -138,20 +147,35 @@ def in_both_folds(stage: str, n_steps: int, measure: Callable[[int, tqdm], Any])
 # Principal components
 
 
-def read_moments(covariance: str) -> dict[int, Moments]:
-    """Read the moments of each fold."""
-    rows = read(covariance, MOMENTS).to_pandas().itertuples()
+def read_sums(covariance: str, file_system: Any | None = None) -> dict[int, Sums]:
+    """Read the sums of each fold."""
+    rows = read(covariance, SUMS, file_system=file_system).to_pandas().itertuples()
     return {
-        row.fold: Moments(row.n, np.frombuffer(row.mean), to_square(np.frombuffer(row.scatter), len(row.mean) // 8))
+        row.fold: Sums(
+            row.n,
+            row.step,
+            np.frombuffer(row.sum, "<i8"),
+            to_square(np.frombuffer(row.products, "<i8"), len(row.sum) // 8),
+        )
         for row in rows
     }
 
 
 def to_square(triangle: np.ndarray, n: int) -> np.ndarray:
     """Make the symmetric matrix of shape (n, n) that has this lower triangle."""
-    square = np.zeros((n, n))
+    square = np.zeros((n, n), triangle.dtype)
     square[np.tri(n, dtype=bool)] = triangle
     return square + np.tril(square, -1).T
+
+
+def to_moments(sums: Sums) -> Moments:
+    """Compute the moments, as the stage reduce does, whose function says why it is done so."""
+    n, step, total, products = sums
+    centre = (2 * total + n) // (2 * n)
+    rest = total - n * centre
+    centred = products - np.outer(centre, total) - np.outer(rest, centre)
+    offset = rest / n
+    return Moments(n, (centre + offset) * step, (centred - n * np.outer(offset, offset)) * step**2)
 
 
 def fit_basis(moments: Moments, scale: str, max_components: int) -> Basis:

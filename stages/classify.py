@@ -50,7 +50,7 @@ from stages.analysis import (
     INTERVAL,
     ROWS,
     Basis,
-    Moments,
+    Sums,
     between,
     first_rows,
     fit_basis,
@@ -59,11 +59,12 @@ from stages.analysis import (
     open_table,
     project,
     read,
-    read_moments,
+    read_sums,
     recalls,
     resample,
     rounded,
     to_matrix,
+    to_moments,
     train_and_test,
     write,
 )
@@ -119,7 +120,6 @@ SUREST = 0.8
 PARTS = 5  # of the labels, each left out in turn
 LABELS = 2  # tested, at least, for a probability to mean anything
 TRUE_POSITIVES = 0.95  # at which false ones are counted
-ROUNDING = 1e-10  # of a difference of scatters
 LEAST_VARIANCE = 1e-6  # of the largest
 ITERATIONS = 20  # of k-means; it has long ended
 
@@ -164,10 +164,10 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "One of the clusters is empty")  # of equal images: see find_exemplars
     images = read_images(args.split)
     (reduction,) = read(f"{args.reduced}/model/settings", REDUCTION).to_pylist()
-    moments = read_moments(args.covariance)
+    sums = read_sums(args.covariance)
 
     def test(fold: int, steps: tqdm) -> Scores | None:
-        return score_fold(images, args, moments, fold, **reduction, steps=steps)
+        return score_fold(images, args, sums, fold, **reduction, steps=steps)
 
     scores = [each for each in in_both_folds("classify", 1 + PARTS, test) if each]
     tables = {"reliability": pd.DataFrame(columns=RELIABILITY), "coverage": pd.DataFrame(columns=COVERAGE)}
@@ -218,7 +218,7 @@ def read_images(split: str) -> pd.DataFrame:
 def score_fold(
     images: pd.DataFrame,
     args: argparse.Namespace,
-    moments: dict[int, Moments],
+    sums: dict[int, Sums],
     test_fold: int,
     k: int,
     scale: str,
@@ -229,7 +229,8 @@ def score_fold(
     is_test &= (images["image_id"] < hash_below(args.max_images / len(images))).to_numpy()
     if not is_test.any():
         return None
-    embedding, strangeness = embed(args.features, images["image_id"], fit_basis(moments[1 - test_fold], scale, k))
+    trained = sums[1 - test_fold]
+    embedding, strangeness = embed(args.features, images["image_id"], fit_basis(to_moments(trained), scale, k))
     labels = images["label"].to_numpy()
     head = fit(embedding[is_train], labels[is_train], args.exemplars, args.shrinkage)
     similarities = compare(embedding[is_test], head)
@@ -240,8 +241,8 @@ def score_fold(
         is_unknown = np.isin(labels, head.labels[part::PARTS])
         if is_unknown[is_test].any() and not is_unknown[is_test].all():
             learnt = is_train & ~is_unknown
-            rest = without(moments[1 - test_fold], measure_moments(args.features, images["image_id"][is_train & is_unknown]))
-            reduced, unexplained = embed(args.features, images["image_id"], fit_basis(rest, scale, k))
+            rest = without(trained, args.features, images["image_id"][is_train & is_unknown])
+            reduced, unexplained = embed(args.features, images["image_id"], fit_basis(to_moments(rest), scale, k))
             nearest = compare(reduced[is_test], fit(reduced[learnt], labels[learnt], args.exemplars, args.shrinkage))
             left_out.append(LeftOut(nearest.max(axis=1), unexplained[is_test], is_unknown[is_test]))
         steps.update()
@@ -249,23 +250,14 @@ def score_fold(
     return Scores(tested, head.labels, similarities, strangeness[is_test], left_out)
 
 
-def measure_moments(features: str, image_ids: pd.Series) -> Moments:
-    """Compute the moments of the features of these images, copies too, as the stage covariance has them."""
-    n, total, products = 0, np.zeros(1), np.zeros((1, 1))
+def without(sums: Sums, features: str, image_ids: pd.Series) -> Sums:
+    """Take these images out of the sums, copies too: what is left is exact."""
+    n, step, total, products = sums
     for here, values in batches(features, pd.Index(image_ids)):
-        rows = values[here >= 0].astype(np.float64)
-        n, total, products = n + len(rows), total + rows.sum(axis=0), products + rows.T @ rows
-    return Moments(n, total / n, products - np.outer(total, total) / n)
-
-
-def without(moments: Moments, part: Moments) -> Moments:
-    """Take some rows out of moments: the reverse of merging them (Chan, Golub and LeVeque 1983)."""
-    n = moments.n - part.n
-    shift = part.mean - moments.mean
-    scatter = moments.scatter - part.scatter - (part.n * moments.n / n) * np.outer(shift, shift)
-    is_constant = np.diag(scatter) <= ROUNDING * np.diag(moments.scatter)
-    scatter[is_constant], scatter[:, is_constant] = 0, 0
-    return Moments(n, moments.mean - shift * (part.n / n), scatter)
+        rows = values[here >= 0] / np.float64(step)
+        n, total = n - len(rows), total - rows.sum(axis=0).astype(np.int64)
+        products = products - (rows.T @ rows).astype(np.int64)
+    return Sums(n, step, total, products)
 
 
 def batches(features: str, image_ids: pd.Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:

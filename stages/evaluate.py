@@ -59,11 +59,12 @@ from stages.analysis import (
     open_table,
     project,
     read,
-    read_moments,
+    read_sums,
     recalls,
     resample,
     rounded,
     to_matrix,
+    to_moments,
     train_and_test,
 )
 
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     images = read(f"{args.split}/images", SPLIT).to_pandas()
     check_groups(images, args.split)
     (leak,) = read(f"{args.split}/settings", LEAK)["leak"].to_pylist()
-    moments = read_moments(args.covariance)
+    moments = {fold: to_moments(sums) for fold, sums in read_sums(args.covariance).items()}
     sample, features = read_sample(args.baseline, args.features)
 
     def measure(fold: int, steps: tqdm) -> dict[str, Any] | None:

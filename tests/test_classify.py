@@ -14,7 +14,8 @@ from sklearn.preprocessing import normalize
 from tqdm import tqdm
 
 from stages import classify
-from tests.helpers import make_images, moments_of, run_classify, spaces, split, write_inputs
+from stages.analysis import read_sums
+from tests.helpers import make_images, run_classify, spaces, split, sums_of, write, write_inputs
 
 K = 3
 
@@ -311,38 +312,23 @@ def test_nothing_that_is_said_of_an_unknown_label_depends_on_its_training_images
             + ["--exemplars", "2", "--shrinkage", "0.2", "--keep", "0.9", "--max_images", "1000"]
         )
         rows = classify.read_images(args.split)
-        moments = classify.read_moments(args.covariance)
-        whole = classify.score_fold(rows, args, moments, test_fold=1, k=K, scale="none", steps=tqdm(disable=True))
+        sums = classify.read_sums(args.covariance)
+        whole = classify.score_fold(rows, args, sums, test_fold=1, k=K, scale="none", steps=tqdm(disable=True))
         assert whole is not None
         found.append(whole.left_out[0])
     for one, other in zip(*map(np.asarray, found), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-9)
 
 
-def test_moments_without_some_rows_are_those_of_the_others() -> None:
-    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
-    rest = classify.without(*(classify.Moments(*moments_of(each)) for each in (rows, rows[:20])))
-    n, mean, scatter = moments_of(rows[20:])
-    assert rest.n == n
-    np.testing.assert_allclose(rest.mean, mean, rtol=1e-9)
-    np.testing.assert_allclose(rest.scatter, scatter, rtol=1e-9)
-
-
-def test_a_feature_that_is_constant_without_some_rows_has_no_scatter() -> None:
-    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
-    rows[20:, 1] = 0.1
-    rest = classify.without(*(classify.Moments(*moments_of(each)) for each in (rows, rows[:20])))
-    assert not rest.scatter[1].any()
-    assert not rest.scatter[:, 1].any()
-
-
-def test_moments_are_measured_of_the_images_asked_for(images: pd.DataFrame, folder: Path) -> None:
-    chosen = images[images["label"] == "cherry"]
-    found = classify.measure_moments(str(folder / "features"), chosen["image_id"])
-    n, mean, scatter = moments_of(np.stack(chosen["features"]))
-    assert found.n == n
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
-    np.testing.assert_allclose(found.scatter, scatter, rtol=1e-6)
+def test_sums_without_some_images_are_those_of_the_others_to_the_bit(images: pd.DataFrame, folder: Path) -> None:
+    is_left_out = images["label"] == "cherry"
+    write(pd.DataFrame([sums_of(np.stack(images["features"]))]), folder / "sums")
+    (whole,) = read_sums(str(folder / "sums")).values()
+    rest = classify.without(whole, str(folder / "features"), images["image_id"][is_left_out])
+    write(pd.DataFrame([sums_of(np.stack(images["features"][~is_left_out]))]), folder / "others")
+    (expected,) = read_sums(str(folder / "others")).values()
+    for one, other in zip(rest, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_label_that_is_left_out_has_no_exemplar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

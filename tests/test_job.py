@@ -30,6 +30,14 @@ def test_canonicalize_makes_equal_tables_equal_files(tmp_path: Path) -> None:
     assert (a.name, a.read_bytes()) == ("part-00000.parquet", b.read_bytes())
 
 
+def test_canonicalize_keeps_what_a_stage_wrote_beside_the_parts(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "part-00000-uuid.parquet")
+    for name in ("_fingerprint", "_SUCCESS", "._fingerprint.crc"):
+        (tmp_path / name).touch()
+    job.canonicalize(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"_fingerprint", "part-00000.parquet"}
+
+
 def test_canonicalize_keeps_rows_and_their_order(tmp_path: Path) -> None:
     rows = pa.table({"id": list(range(5000, 0, -1)), "content": [b"x"] * 5000})
     pq.write_table(rows, tmp_path / "part-00007-uuid.snappy.parquet")
