@@ -23,20 +23,22 @@ import os
 import re
 import stat
 import struct
+import sys
 import tarfile
 import unicodedata
+import uuid
 import warnings
+import zipimport
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import simplejpeg
 from PIL import BmpImagePlugin, Image, ImageFile, ImageOps, UnidentifiedImageError
-from pyspark import StorageLevel
+from pyspark import SparkFiles, StorageLevel
 from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
@@ -96,16 +98,6 @@ FILES = T.StructType(
         T.StructField("path", T.BinaryType()),
         T.StructField("length", T.LongType()),
         T.StructField("content", T.BinaryType()),
-    ]
-)
-# What one task reads on this machine: a list of files, or a part of an archive. A row for each file would take a hundred
-# times the memory of the driver.
-TASKS = T.StructType(
-    [
-        T.StructField("files", T.BinaryType()),  # path and length of each, separated by zeros; of an archive, its own
-        T.StructField("start", T.LongType()),  # where in the archive the part starts: see Part; null for a list of files
-        T.StructField("stop", T.LongType()),
-        T.StructField("twins", T.ArrayType(T.LongType())),
     ]
 )
 # reason is null where the file is an image, and one of PASSED_OVER where it is ignored: detail is then the kind.
@@ -195,7 +187,8 @@ class Listing(NamedTuple):
     root: str  # SOURCE, as the file system names it
     is_local: bool
     n_files: int  # an archive is one
-    tasks: list[tuple[bytes, int | None, int | None, list[int] | None]]  # rows of TASKS
+    name: str  # among Spark's files, of the one that lists them: path and length of each, separated by zeros
+    tasks: list[tuple[Any, ...]]  # what each reads: from where to where in that list, bytes; and the fields of a Part
     why: Why  # as reader_of_names returns it
     chosen: list[str] | None  # those to be read, if Spark reads them and not all are
 
@@ -255,9 +248,11 @@ def main(argv: list[str] | None = None) -> None:
         label_depth=args.label_depth,
         group_pattern=args.group_pattern,
     )
-    quarantine = inspected.where(~F.col("reason").isin(*PASSED_OVER)).select(*QUARANTINE.names)
+    # Few rows, beside images of gigabytes: three passes follow.
+    others = inspected.where("reason IS NOT NULL").drop(*IMAGES.names[3:]).persist()
+    quarantine = others.where(~F.col("reason").isin(*PASSED_OVER)).select(*QUARANTINE.names)
     quarantine.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/quarantine")
-    ignored = ignore(inspected)
+    ignored = ignore(others)
     ignored.repartition(1).sortWithinPartitions("path").write.parquet(f"{args.output}/ignored")
     groups = count(inspected)
     counts, folders, kinds = add_up(groups), folders_of(groups), kinds_of(groups)
@@ -330,7 +325,11 @@ def find_files(spark: SparkSession, source: str, *, take: list[str], leave_out: 
                     chosen.append(path)
             yield path, length
 
-    tasks = list(share_out(root if is_local else None, files(), why))
+    name, tasks = f"ingest-{uuid.uuid4()}", []
+    with open(SparkFiles.get(name), "wb") as file:
+        for listed, part in share_out(root if is_local else None, files(), why):
+            tasks.append((file.tell(), file.tell() + file.write(listed), *part))
+    spark.sparkContext.addFile(SparkFiles.get(name))  # for workers elsewhere
     if not n_files:
         raise SystemExit(f"ingest: no image below {source}: it has no file.")
     if unlabelled:
@@ -343,41 +342,45 @@ def find_files(spark: SparkSession, source: str, *, take: list[str], leave_out: 
             f"ingest: Spark does not read names that start with _ from {root}: {len(passed_over):,} of "
             f"{n_files:,} files, such as {min(passed_over)}. Run ingest on this machine, or rename them."
         )
-    return Listing(root, is_local, n_files, tasks, why, chosen if is_part else None)
+    return Listing(root, is_local, n_files, name, tasks, why, chosen if is_part else None)
 
 
-def share_out(
-    root: str | None, files: Iterable[tuple[str, int]], why: Why
-) -> Iterator[tuple[bytes, int | None, int | None, list[int] | None]]:
-    """Yield rows of TASKS: some 500 small files each, or as large a part of an archive.
+def share_out(root: str | None, files: Iterable[tuple[str, int]], why: Why) -> "Iterator[tuple[bytes, Part]]":
+    """Yield what a task reads: some 500 small files, or as large a part of an archive.
 
     Parameters
     ----------
     root : the folder on this machine that the files are in; None if they are elsewhere, where archives are not cut
     files : path and length of each
+
+    Yields
+    ------
+    path and length of each file, with a zero after each; and the part
     """
     names: list[bytes] = []
     n_bytes = 0
     for path, length in files:
-        name = os.fsencode(path)
+        name = b"%b\0%d\0" % (os.fsencode(path), length)
         if root is not None and length > SMALL_ARCHIVE and is_archive_name(path) and not why(path, True):
-            for part in cut(root, name, length):
-                yield b"%b\0%d" % (name, length), part.start, part.stop, [*part.twins]
+            for part in cut(root, os.fsencode(path), length):
+                yield name, part
             continue
-        names.append(b"%b\0%d" % (name, length))
+        names.append(name)
         cost = TASK_BYTES // SMALL_ARCHIVE * length if is_archive_name(path) else length
         n_bytes += max(cost, 0) + OPEN_BYTES
         if n_bytes >= TASK_BYTES:
-            yield b"\0".join(names), None, None, None
+            yield b"".join(names), WHOLE
             names, n_bytes = [], 0
     if names:
-        yield b"\0".join(names), None, None, None
+        yield b"".join(names), WHOLE
 
 
-def listed_in(files: bytes) -> Iterator[tuple[bytes, int]]:
-    """Yield path and length of each file that a row of TASKS lists."""
-    fields = files.split(b"\0")
-    return zip(fields[::2], map(int, fields[1::2]), strict=True)
+def listed_in(name: str, start: int, stop: int) -> Iterator[tuple[bytes, int]]:
+    """Yield path and length of each file of a task; a worker has no other names in its memory."""
+    with open(SparkFiles.get(name), "rb") as file:
+        file.seek(start)
+        fields = file.read(stop - start).split(b"\0")
+    return zip(fields[:-1:2], map(int, fields[1::2]), strict=True)
 
 
 def list_local(root: str) -> Iterator[tuple[str, int]]:
@@ -466,14 +469,16 @@ def inspect_files(
     group_pattern: str,
 ) -> DataFrame:
     """INSPECTED, one row for each file: an image, or the reason why it is none."""
-    root, why = os.fsencode(listing.root) if listing.is_local else None, listing.why
+    root, why, name = os.fsencode(listing.root) if listing.is_local else None, listing.why, listing.name
+    tasks = spark.sparkContext.broadcast(listing.tasks)  # which a worker unpickles once, and its functions for each task
 
     def inspect(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Inspect what rows of TASKS or of FILES name."""
+        """Inspect what rows of FILES name, or tasks of these numbers."""
+        forget_zips()
         quiet_pillow()
         rows, n_bytes = [], 0
         for row in (row for batch in batches for i in range(len(batch)) for row in batch.slice(i, 1).to_pylist()):
-            for inspected in inspect_task(**row) if "files" in row else inspect_path(**row):
+            for inspected in inspect_task(row["id"]) if "id" in row else inspect_path(**row):
                 rows.append(inspected)
                 n_bytes += len(inspected.get("content", b""))
                 if n_bytes > BATCH_BYTES:
@@ -481,9 +486,10 @@ def inspect_files(
                     rows, n_bytes = [], 0
         yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
 
-    def inspect_task(files: bytes, start: int | None, stop: int | None, twins: list[int] | None) -> Iterator[dict[str, Any]]:
-        part = WHOLE if start is None else Part(start, stop, tuple(twins or ()))
-        for path, length in listed_in(files):
+    def inspect_task(number: int) -> Iterator[dict[str, Any]]:
+        start, stop, *of_archive = tasks.value[number]
+        part = Part(*of_archive)
+        for path, length in listed_in(name, start, stop):
             yield from inspect_path(path, length, None, part)
 
     def inspect_path(path: bytes, length: int, content: bytes | None, part: Part = WHOLE) -> Iterator[dict[str, Any]]:
@@ -508,34 +514,34 @@ def inspect_files(
         except Refused as refused:
             return row | {"reason": refused.reason, "detail": refused.detail}
         assert label is not None  # open_file refuses what is in no folder
-        image_id = hashlib.sha256(content).hexdigest()
+        image_id = content_id = hashlib.sha256(content).hexdigest()
         if not is_kept:
             content = to_png(image)
+            content_id = hashlib.sha256(content).hexdigest()
         return row | {
             "image_id": image_id,
             "film": film_of(label, shown.split("/")[-1], group_pattern),
             "width": image.width,
             "height": image.height,
             "thumbnail": image.resize(THUMBNAIL, Image.Resampling.BOX).tobytes(),
-            "content_id": hashlib.sha256(content).hexdigest(),
+            "content_id": content_id,
             "content": content,
         }
 
     def unlist(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            for files in batch.column("files").to_pylist():
-                rows = [(path, length, None) for path, length in listed_in(files)]
+            for number in batch.column("id").to_pylist():
+                rows = [(path, length, None) for path, length in listed_in(name, *tasks.value[number][:2])]
                 yield pa.RecordBatch.from_pylist([dict(zip(FILES.names, row, strict=True)) for row in rows], ARROW_FILES)
 
+    # By numbers: to make rows of what tasks read, each task would need a second worker.
+    numbers = spark.range(0, len(listing.tasks), 1, len(listing.tasks))
     # Written as images, as quarantine and as ignored, but decoded once.
-    tasks = spark.createDataFrame(
-        spark.sparkContext.parallelize(listing.tasks, len(listing.tasks)), TASKS, verifySchema=False
-    )
     if listing.is_local:
-        return tasks.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
-    if any(is_archive_name(show(path)) for task in listing.tasks for path, _ in listed_in(task[0])):
+        return numbers.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
+    if any(is_archive_name(show(path)) for task in listing.tasks for path, _ in listed_in(name, *task[:2])):
         spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", 1)  # Spark 3 bounds no batch by its bytes
-    files = tasks.mapInArrow(unlist, FILES)
+    files = numbers.mapInArrow(unlist, FILES)
     listed = F.broadcast(files.select("path", "length"))
     there = read_elsewhere(spark, listing, max_bytes).join(listed, ["path", "length"], "left_semi")
     inspected = there.mapInArrow(inspect, INSPECTED).persist(StorageLevel.DISK_ONLY)
@@ -545,6 +551,12 @@ def inspect_files(
     # Spark gives no row for a file that is hidden, empty, or too large. Nor have we one that changed since it was listed.
     others = files.join(seen, "path", "left_anti").mapInArrow(inspect, INSPECTED)
     return inspected.union(others.persist(StorageLevel.DISK_ONLY))
+
+
+def forget_zips() -> None:
+    """Let Python not read pyspark.zip anew for each of its folders, some 0.1 s in all, when Spark starts the next task."""
+    for path in [path for path, finder in sys.path_importer_cache.items() if isinstance(finder, zipimport.zipimporter)]:
+        del sys.path_importer_cache[path]
 
 
 def quiet_pillow() -> None:
@@ -617,7 +629,10 @@ def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
     if length < 0:
         raise Refused("unreadable", "no regular file, nor a link to one")  # to read a pipe would wait for ever
     try:
-        return Path(os.fsdecode(os.path.join(root, path))).read_bytes() if root is not None else b""
+        if root is None:
+            return b""
+        with open(os.path.join(root, path), "rb", buffering=0) as file:
+            return file.read()
     except OSError as error:
         raise unread(path, error) from error
 
@@ -1107,7 +1122,9 @@ def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
         if image.width * image.height > max_pixels:
             raise Refused("too_many_pixels", f"{image.width} x {image.height}, more than {max_pixels:,} pixels")
         is_kept = image.format in ("JPEG", "MPO", "PNG") and image.mode == "RGB" and not image.has_transparency_data
-        return to_rgb(ImageOps.exif_transpose(load(image, content))), is_kept
+        decoded = load(image, content)
+        ImageOps.exif_transpose(decoded, in_place=True)
+        return to_rgb(decoded), is_kept
     except DECODE_ERRORS as error:
         if "MAX_TEXT" in str(error):  # Pillow reads no PNG with more text; whoever opens what we keep shall not meet it
             return decode(without_text(content), max_pixels)[0], False
@@ -1252,7 +1269,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def broken(error: Exception) -> Refused:
