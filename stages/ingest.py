@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         # Whole files: these bound a worker's memory. Spark 3 knows the first only, and Arrow takes no 2 GiB in one batch.
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", max(1, min(32, 1024 // args.max_file_mb)))
         .config("spark.sql.execution.arrow.maxBytesPerBatch", BATCH_BYTES)
+        .config("spark.buffer.pageSize", "8m")  # to sort rows; not 64, of which each task has some
         # Photographs are small files: a task takes some 500, and folders are listed by the driver up to a thousand.
         .config("spark.sql.files.openCostInBytes", OPEN_BYTES)
         .config("spark.sql.sources.parallelPartitionDiscovery.threshold", 1000)
