@@ -118,6 +118,7 @@ SUBSETS = re.compile(r"train(ing)?|tests?|testing|val|valid|validation|dev|eval|
 EXAMPLES = 10  # of files or labels that are named on screen
 TASK_BYTES = 128 * 2**20  # of files in a task
 OPEN_BYTES = 256 * 2**10  # that to open a file costs: a task has some 500 small files
+LISTED = 10_000  # files whose names come from the JVM in one call
 SMALL_ARCHIVE = 4 * 2**20  # bytes of one that shares its task with other files, and is not cut
 # Bytes of an archive that is not on this machine, at most. Spark moves it as one value, and has several copies at once: 250
 # MB were too much for a JVM of 2 GiB, and 1 GB for one of 6.
@@ -407,27 +408,30 @@ def list_local(root: str) -> Iterator[tuple[str, int]]:
         )
 
 
-def list_elsewhere(spark: SparkSession, folder: Any, root: str) -> list[tuple[str, int]]:
-    """List path and length of each file on any file system that Hadoop knows."""
+def list_elsewhere(spark: SparkSession, folder: Any, root: str) -> Iterator[tuple[str, int]]:
+    """Yield path and length of each file on any file system that Hadoop knows."""
     jvm: Any = spark._jvm
     java, hadoop = jvm.java.lang, jvm.org.apache.hadoop
     statuses = hadoop.util.functional.RemoteIterators.toList(
         folder.getFileSystem(spark._jsc.hadoopConfiguration()).listFiles(folder, True)
     )
 
-    # Java asks all of them in one call: to ask it for one after the other takes some minutes for a million.
-    def ask(getter: str, result: Any) -> list[str]:
+    # Java asks thousands of them in one call: to ask it for one after the other takes some minutes for a million.
+    def ask(some: Any, getter: str, result: Any) -> list[str]:
         status = java.Class.forName("org.apache.hadoop.fs.FileStatus")
         get = java.invoke.MethodHandles.publicLookup().findVirtual(status, getter, java.invoke.MethodType.methodType(result))
-        answers = jvm.java.util.ArrayList(statuses)
+        answers = jvm.java.util.ArrayList(some)
         answers.replaceAll(
             java.invoke.MethodHandleProxies.asInterfaceInstance(java.Class.forName("java.util.function.UnaryOperator"), get)
         )
-        return list(hadoop.util.StringUtils.join("\0", answers).split("\0")) if len(answers) else []
+        return list(hadoop.util.StringUtils.join("\0", answers).split("\0"))
 
-    paths = ask("getPath", java.Class.forName("org.apache.hadoop.fs.Path"))
-    lengths = ask("getLen", java.Long.TYPE)
-    return [(path[len(root) + 1 :], int(length)) for path, length in zip(paths, lengths, strict=True)]
+    n = len(statuses)
+    for start in range(0, n, LISTED):
+        some = statuses.subList(start, min(start + LISTED, n))
+        paths = ask(some, "getPath", java.Class.forName("org.apache.hadoop.fs.Path"))
+        lengths = ask(some, "getLen", java.Long.TYPE)
+        yield from ((path[len(root) + 1 :], int(length)) for path, length in zip(paths, lengths, strict=True))
 
 
 def reader_of_names(take: list[str], leave_out: list[str], share: float) -> Why:
