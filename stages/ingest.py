@@ -21,6 +21,7 @@ import io
 import math
 import os
 import re
+import sqlite3
 import stat
 import struct
 import sys
@@ -31,7 +32,9 @@ import warnings
 import zipimport
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
+from importlib.metadata import version
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -118,6 +121,8 @@ SUBSETS = re.compile(r"train(ing)?|tests?|testing|val|valid|validation|dev|eval|
 EXAMPLES = 10  # of files or labels that are named on screen
 TASK_BYTES = 128 * 2**20  # of files in a task
 OPEN_BYTES = 256 * 2**10  # that to open a file costs: a task has some 500 small files
+LARGE = 2**18  # bytes of a file whose image is kept in the cache: a smaller one is decoded in some milliseconds
+DECODERS = ("numpy", "pi-heif", "pillow", "simplejpeg")  # whose version may change how an image looks
 LISTED = 10_000  # files whose names come from the JVM in one call
 SMALL_ARCHIVE = 4 * 2**20  # bytes of one that shares its task with other files, and is not cut
 # Bytes of an archive that is not on this machine, at most. Spark moves it as one value, and has several copies at once: 250
@@ -180,6 +185,7 @@ BATCH_BYTES = 64 * 2**20  # of files or images that travel to or from a worker a
 ARCHIVE_ERRORS = (tarfile.TarError, *DECODE_ERRORS)
 
 Why = Callable[[str, bool], tuple[str, str] | None]
+Look = Callable[[bytes, int], "Looks"]
 
 
 class Listing(NamedTuple):
@@ -202,6 +208,15 @@ class File(NamedTuple):
     length: int  # bytes
     read: Callable[[], bytes]  # raises Refused or OSError
     refused: "Refused | None" = None  # before it is read
+
+
+class Looks(NamedTuple):
+    """What is known of an image that has been decoded."""
+
+    width: int  # pixels, upright
+    height: int
+    thumbnail: bytes
+    png: bytes | None  # its pixels; None if the file itself is kept
 
 
 class Part(NamedTuple):
@@ -249,6 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         min_side=args.min_side,
         label_depth=args.label_depth,
         group_pattern=args.group_pattern,
+        cache=cache_in(spark.conf.get("spark.featurize.cache", None)),
     )
     # Few rows, beside images of gigabytes: three passes follow.
     others = inspected.where("reason IS NOT NULL").drop(*IMAGES.names[3:]).persist()
@@ -472,8 +488,14 @@ def inspect_files(
     min_side: int,
     label_depth: int,
     group_pattern: str,
+    cache: str | None = None,
 ) -> DataFrame:
-    """INSPECTED, one row for each file: an image, or the reason why it is none."""
+    """INSPECTED, one row for each file: an image, or the reason why it is none.
+
+    Parameters
+    ----------
+    cache : the file of a Cache, if there is one
+    """
     root, why, name = os.fsencode(listing.root) if listing.is_local else None, listing.why, listing.name
     tasks = spark.sparkContext.broadcast(listing.tasks)  # which a worker unpickles once, and its functions for each task
 
@@ -481,9 +503,10 @@ def inspect_files(
         """Inspect what rows of FILES name, or tasks of these numbers."""
         forget_zips()
         quiet_pillow()
+        look = Cache(cache).look if cache else look_at
         rows, n_bytes = [], 0
         for row in (row for batch in batches for i in range(len(batch)) for row in batch.slice(i, 1).to_pylist()):
-            for inspected in inspect_task(row["id"]) if "id" in row else inspect_path(**row):
+            for inspected in inspect_task(look, row["id"]) if "id" in row else inspect_path(look, **row):
                 rows.append(inspected)
                 n_bytes += len(inspected.get("content", b""))
                 if n_bytes > BATCH_BYTES:
@@ -491,13 +514,15 @@ def inspect_files(
                     rows, n_bytes = [], 0
         yield pa.RecordBatch.from_pylist(rows, schema=ARROW_INSPECTED)
 
-    def inspect_task(number: int) -> Iterator[dict[str, Any]]:
+    def inspect_task(look: Look, number: int) -> Iterator[dict[str, Any]]:
         start, stop, *of_archive = tasks.value[number]
         part = Part(*of_archive)
         for path, length in listed_in(name, start, stop):
-            yield from inspect_path(path, length, None, part)
+            yield from inspect_path(look, path, length, None, part)
 
-    def inspect_path(path: bytes, length: int, content: bytes | None, part: Part = WHOLE) -> Iterator[dict[str, Any]]:
+    def inspect_path(
+        look: Look, path: bytes, length: int, content: bytes | None, part: Part = WHOLE
+    ) -> Iterator[dict[str, Any]]:
         shown = show(path)
         row = {"file": shown, "path": shown, "label": label_of(shown, label_depth), "length": length}
         if passed_over := why(os.fsdecode(path), is_archive_name(shown)):
@@ -505,32 +530,29 @@ def inspect_files(
             return
         try:
             for file in files_in(root, path, length, content, part):
-                yield {"file": shown} | inspect_file(file, is_member=file.path != path)
+                yield {"file": shown} | inspect_file(look, file, is_member=file.path != path)
         except Refused as refused:
             yield row | {"reason": refused.reason, "detail": refused.detail}
 
-    def inspect_file(file: File, is_member: bool) -> dict[str, Any]:
+    def inspect_file(look: Look, file: File, is_member: bool) -> dict[str, Any]:
         shown, label = show(file.path), label_of(file.labelled, label_depth)
         row = {"path": shown, "label": label, "length": file.length}
         try:
             if is_member and (passed_over := why(os.fsdecode(file.path), False)):
                 raise Refused(*passed_over)
-            content, image, is_kept = open_file(file, max_bytes=max_bytes, max_pixels=max_pixels, min_side=min_side)
+            content, looks = open_file(file, max_bytes=max_bytes, max_pixels=max_pixels, min_side=min_side, look=look)
         except Refused as refused:
             return row | {"reason": refused.reason, "detail": refused.detail}
         assert label is not None  # open_file refuses what is in no folder
-        image_id = content_id = hashlib.sha256(content).hexdigest()
-        if not is_kept:
-            content = to_png(image)
-            content_id = hashlib.sha256(content).hexdigest()
+        image_id = hashlib.sha256(content).hexdigest()
         return row | {
             "image_id": image_id,
             "film": film_of(label, shown.split("/")[-1], group_pattern),
-            "width": image.width,
-            "height": image.height,
-            "thumbnail": image.resize(THUMBNAIL, Image.Resampling.BOX).tobytes(),
-            "content_id": content_id,
-            "content": content,
+            "width": looks.width,
+            "height": looks.height,
+            "thumbnail": looks.thumbnail,
+            "content_id": hashlib.sha256(looks.png).hexdigest() if looks.png else image_id,
+            "content": looks.png or content,
         }
 
     def unlist(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -570,12 +592,14 @@ def quiet_pillow() -> None:
     warnings.simplefilter("ignore")  # of metadata that is not as it should be; pixels are checked by `decode`
 
 
-def open_file(file: File, *, max_bytes: int, max_pixels: int, min_side: int) -> tuple[bytes, Image.Image, bool]:
-    """Read and decode a file that is an image.
+def open_file(
+    file: File, *, max_bytes: int, max_pixels: int, min_side: int, look: "Look | None" = None
+) -> tuple[bytes, Looks]:
+    """Read a file that is an image, and look at it.
 
-    Returns
-    -------
-    content; the image and whether content can be kept, as `decode` returns them
+    Parameters
+    ----------
+    look : `look_at`, or that of a Cache
 
     Raises
     ------
@@ -602,9 +626,9 @@ def open_file(file: File, *, max_bytes: int, max_pixels: int, min_side: int) -> 
             raise OSError(
                 f"{shown}: {len(content):,} of {file.length:,} bytes were read. If nobody changes it now, run again."
             )
-        image, is_kept = decode(content, max_pixels)
-        if min(image.size) < min_side:
-            raise Refused("too_small", f"{image.width} x {image.height}, less than {min_side:,} on a side")
+        looks = (look or look_at)(content, max_pixels)
+        if min(looks.width, looks.height) < min_side:
+            raise Refused("too_small", f"{looks.width} x {looks.height}, less than {min_side:,} on a side")
         if "/" not in shown:
             raise Refused("no_label", "in no folder")
     except Refused as refused:
@@ -614,7 +638,7 @@ def open_file(file: File, *, max_bytes: int, max_pixels: int, min_side: int) -> 
         raise
     except MemoryError as error:
         raise MemoryError(f"{shown} takes more memory than a worker has: lower max_pixels or use fewer cores") from error
-    return content, image, is_kept
+    return content, looks
 
 
 def read_file(root: bytes | None, path: bytes, length: int) -> bytes:
@@ -1106,6 +1130,78 @@ class Refused(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
+
+
+def look_at(content: bytes, max_pixels: int) -> Looks:
+    """Decode an image, and keep what the tables have of it; raise what `decode` raises."""
+    image, is_kept = decode(content, max_pixels)
+    thumbnail = image.resize(THUMBNAIL, Image.Resampling.BOX).tobytes()
+    return Looks(image.width, image.height, thumbnail, None if is_kept else to_png(image))
+
+
+class Cache:
+    """What large images look like, by the SHA-256 of their files: to decode one takes 20 times as long as to hash it.
+
+    It is a file of SQLite, which several workers and runs may use at once. Each row has a checksum. A damaged file is
+    deleted. Without the cache, images are decoded.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.rows: sqlite3.Connection | None = None
+
+    def look(self, content: bytes, max_pixels: int) -> Looks:
+        """Return what `look_at` does. Images that are refused or written again as PNG are decoded each time."""
+        if len(content) < LARGE:
+            return look_at(content, max_pixels)
+        name = hashlib.sha256(content).digest()
+        found = self.ask("SELECT width, height, thumbnail, checksum FROM looks WHERE name = ?", name)
+        if found and checksum(name, *found[:3]) == found[3] and found[0] * found[1] <= max_pixels:
+            return Looks(found[0], found[1], found[2], None)
+        looks = look_at(content, max_pixels)
+        if looks.png is None:
+            row = name, *looks[:3]
+            self.ask("INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?, ?)", *row, checksum(*row))
+        return looks
+
+    def ask(self, statement: str, *values: Any) -> Any:
+        """Return the first row that the statement finds; None if there is none, or the file cannot be used."""
+        try:
+            if self.rows is None:
+                self.rows = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+                # Of a file that a crash damages, nothing is lost but time.
+                self.rows.executescript("PRAGMA journal_mode = MEMORY; PRAGMA synchronous = OFF;")
+                self.rows.execute(
+                    "CREATE TABLE IF NOT EXISTS looks (name BLOB PRIMARY KEY, width INT, height INT, thumbnail BLOB, "
+                    "checksum INT) WITHOUT ROWID"
+                )
+            return self.rows.execute(statement, values).fetchone()
+        except sqlite3.OperationalError as error:
+            print(f"ingest: {self.path} cannot be used ({error}): images are decoded again", file=sys.stderr)
+        except sqlite3.DatabaseError as error:
+            print(f"ingest: {self.path} is damaged ({error}) and deleted: images are decoded again", file=sys.stderr)
+            self.rows = None
+            with suppress(FileNotFoundError):
+                os.unlink(self.path)
+        return None
+
+
+def checksum(name: bytes, width: int, height: int, thumbnail: bytes) -> int:
+    """Compute the CRC-32 of a row of the cache."""
+    return zlib.crc32(b"%b%d %d %b" % (name, width, height, thumbnail))
+
+
+def cache_in(place: str | None) -> str | None:
+    """Name the file of the cache in a folder of this machine, and make the folder; None if there is none.
+
+    The name covers all that determines how an image looks, except the image: this file, and the decoders.
+    """
+    if not place or "://" in place:
+        return None
+    os.makedirs(place, exist_ok=True)
+    with open(__file__, "rb") as source:
+        determines = [source.read(), *(f"{name} {version(name)}".encode() for name in DECODERS)]
+    return os.path.abspath(f"{place}/ingest-{hashlib.sha256(b' '.join(determines)).hexdigest()[:32]}.sqlite")
 
 
 def decode(content: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
