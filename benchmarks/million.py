@@ -2,12 +2,12 @@
 
 usage: million.py PHOTOGRAPHS FOLDER [--n_files 1000000]
 
-PHOTOGRAPHS is a folder of JPEG files, a folder for each label. Writes to FOLDER/files as many copies as are wanted, each with a
-comment that makes it another file; packs them into FOLDER/archives; and runs `ingest` on both, through the door as DVC does.
-What is there already is not made again. Prints a table, and writes benchmarks/million.json.
+PHOTOGRAPHS is a folder of JPEG files, a folder for each label. Writes to FOLDER/files as many copies as are wanted, each
+with a comment that makes it another file. Packs them into FOLDER/archives. Runs `ingest` on both, through the door as DVC
+does. What is there already is not made again. Prints a table, and writes benchmarks/million.json.
 
-Memory is what the processes of one kind have together, at most, read twice a second: shared pages count once (Linux: PSS), and
-the page cache of files does not count.
+Memory is what the processes of one kind have together, at most, read twice a second. Shared pages count once (Linux: PSS),
+and the page cache does not count. Seconds of the processors tell more than seconds where other work goes on beside.
 """
 
 import argparse
@@ -99,6 +99,7 @@ def ingest(folder: Path, source: Path, params: dict[str, Any]) -> dict[str, Any]
     print(said.splitlines()[-1])
     return {
         "seconds": round(took, 1),
+        "load": round(os.getloadavg()[2], 1),  # processes that wanted a processor, in the last quarter of an hour
         "cpu_seconds": {kind: round(sum(n for each, n in seconds.values() if kind in (each, "all"))) for kind in most},
         "mib": {kind: kib // 2**10 for kind, kib in most.items()},
     }
