@@ -165,15 +165,20 @@ def canonicalize(table: Path) -> None:
     import pyarrow.parquet as pq
 
     def write_again(part: Path) -> None:
-        rows = pq.read_table(part, use_threads=False).replace_schema_metadata()
-        pq.write_table(
-            rows,
-            table / published_name(part.name),
-            compression="snappy",
-            use_dictionary=False,
-            row_group_size=2048,
-            write_page_checksum=True,
-        )
+        with (
+            pq.ParquetFile(part, buffer_size=2**16, pre_buffer=False) as rows,
+            pq.ParquetWriter(
+                table / published_name(part.name),
+                rows.schema_arrow.remove_metadata(),
+                compression="snappy",
+                use_dictionary=False,
+                write_page_checksum=True,
+            ) as written,
+        ):
+            for batch in rows.iter_batches(2048, use_threads=False):  # each becomes a row group: memory stays flat
+                written.write_batch(batch.replace_schema_metadata())
+            if not rows.metadata.num_rows:
+                written.write_table(written.schema.empty_table())
         part.unlink()
 
     parts = list(table.glob("part-*.parquet"))
