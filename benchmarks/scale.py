@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,9 @@ def measure(name: str, n: int, clone: Path) -> dict[str, Any]:
     else:
         params = yaml.safe_load((clone / "params.yaml").read_text())
         command = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"][name]["cmd"]
-        words = command.replace(f"${{{name}}}", " ".join(flags(params[name]))).split()
+        words = [
+            word for each in shlex.split(command) for word in (flags(params[name]) if each == f"${{{name}}}" else [each])
+        ]
     with watch() as seen:
         started = time.monotonic()
         done = subprocess.run(words, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True)
