@@ -82,6 +82,34 @@ def read(
     return open_table(folder, file_system).to_table(list(columns), filter=wanted)
 
 
+def to_frame(table: pa.Table) -> pd.DataFrame:
+    """Turn a table into a frame whose texts stay Arrow's: Python's strings take two to three times the memory."""
+    return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
+
+
+def read_pairs(folder: str, image_ids: pa.Array) -> pd.DataFrame:
+    """Read a, b, distance: the numbers of each image and of each of its neighbours, those of an image by rising distance."""
+    table = read(folder, ("image_id", "neighbours"))
+    own = pc.index_in(table["image_id"], image_ids).to_numpy()
+    a = np.repeat(own, pc.list_value_length(table["neighbours"]).to_numpy())
+    b = pc.index_in(pc.list_flatten(table["neighbours"]), image_ids).to_numpy()
+    del table  # 400 bytes an image
+    return pd.DataFrame({"a": a, "b": b, "distance": pc.list_flatten(read(folder, ("distances",))["distances"]).to_numpy()})
+
+
+def read_sketches(folder: str, image_ids: pa.Array) -> np.ndarray:
+    """Read the sketch of each of these images, some at a time: float32 array of shape (n_images, n_components)."""
+    places = pc.index_in(read(folder, ("image_id",))["image_id"], image_ids).to_numpy()
+    sketches, first = np.zeros((len(image_ids), 0), np.float32), 0
+    for batch in open_table(folder).to_batches(["sketch"]):
+        rows = np.frombuffer(b"".join(batch["sketch"].to_pylist()), np.float32).reshape(len(batch), -1 if len(batch) else 0)
+        if first == 0:
+            sketches = np.zeros((len(image_ids), rows.shape[1]), np.float32)
+        sketches[places[first : first + len(batch)]] = rows
+        first += len(batch)
+    return sketches
+
+
 def write(table: pd.DataFrame, schema: pa.Schema, folder: str | Path) -> None:
     """Write the columns of the schema as a table of one file; a column that is not there is null."""
     Path(folder).mkdir(parents=True)
