@@ -97,17 +97,37 @@ def read_pairs(folder: str, image_ids: pa.Array) -> pd.DataFrame:
     return pd.DataFrame({"a": a, "b": b, "distance": pc.list_flatten(read(folder, ("distances",))["distances"]).to_numpy()})
 
 
-def read_sketches(folder: str, image_ids: pa.Array) -> np.ndarray:
-    """Read the sketch of each of these images, some at a time: float32 array of shape (n_images, n_components)."""
-    places = pc.index_in(read(folder, ("image_id",))["image_id"], image_ids).to_numpy()
-    sketches, first = np.zeros((len(image_ids), 0), np.float32), 0
-    for batch in open_table(folder).to_batches(["sketch"]):
-        rows = np.frombuffer(b"".join(batch["sketch"].to_pylist()), np.float32).reshape(len(batch), -1 if len(batch) else 0)
-        if first == 0:
-            sketches = np.zeros((len(image_ids), rows.shape[1]), np.float32)
-        sketches[places[first : first + len(batch)]] = rows
+def read_vectors(folder: str, column: str, image_ids: pa.Array) -> np.ndarray:
+    """Read the vector of each of these images, some at a time: float32 array of shape (n_images, length).
+
+    Parameters
+    ----------
+    folder : a table with the column image_id; others than these images may be there
+    column : of lists of numbers, or of the bytes of float32; of an equal length each
+
+    Raises
+    ------
+    ValueError
+        an image is not there
+    """
+    places = pc.index_in(read(folder, ("image_id",))["image_id"], image_ids).fill_null(-1).to_numpy()
+    if n_missing := len(image_ids) - len(np.unique(places[places >= 0])):
+        raise ValueError(f"{n_missing:,} of {len(image_ids):,} images are not in {folder}. Run `dvc repro`.")
+    vectors, first = np.zeros((len(image_ids), 0), np.float32), 0
+    ahead = {"batch_readahead": 1, "fragment_readahead": 1}  # by default, Arrow holds many more batches
+    for batch in open_table(folder).to_batches([column], batch_size=8 * ROWS, **ahead):
+        here = places[first : first + len(batch)]
         first += len(batch)
-    return sketches
+        if (here < 0).all():
+            continue
+        values = batch[column]
+        is_binary = pa.types.is_binary(values.type)
+        rows = np.frombuffer(b"".join(values.to_pylist()), np.float32) if is_binary else values.flatten().to_numpy()
+        rows = rows.reshape(len(batch), -1)
+        if not vectors.size:
+            vectors = np.zeros((len(image_ids), rows.shape[1]), np.float32)
+        vectors[here[here >= 0]] = rows[here >= 0]
+    return vectors
 
 
 def write(table: pd.DataFrame, schema: pa.Schema, folder: str | Path) -> None:

@@ -29,7 +29,7 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from threadpoolctl import threadpool_limits
 
-from stages.analysis import between, read, read_pairs, read_sketches, to_frame, write
+from stages.analysis import between, read, read_pairs, read_vectors, to_frame, write
 
 FILES = ("image_id", "path", "label", "film")
 IMAGES = pa.schema(
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     image_ids, is_named = images["image_id"], images["film"].notna().to_numpy()
     labels = images["label"].astype("category").cat.codes.to_numpy(np.int64)
     pairs = read_pairs(f"{args.neighbours}/neighbours", pa.array(image_ids))
-    sketches = read_sketches(f"{args.neighbours}/sketches", pa.array(image_ids))
+    sketches = read_vectors(f"{args.neighbours}/sketches", "sketch", pa.array(image_ids))
     with threadpool_limits(1):  # the last bits of a result depend on the number of BLAS's threads
         usual, usual_within = usual_distances(sketches, labels, pairs)
         near, across = args.near * usual, min(args.near * usual, usual_within)

@@ -45,7 +45,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
 
-from stages.analysis import between, read, read_pairs, read_sketches, rounded, to_frame
+from stages.analysis import between, read, read_pairs, read_vectors, rounded, to_frame
 
 IMAGES = ("image_id", "path", "label", "group")
 SETTINGS = ("near_distance", "near_distance_across_labels")
@@ -151,7 +151,7 @@ def to_photographs(files: pd.DataFrame, sketches: str) -> tuple[Photographs, pa.
     labels = rows["label"].astype("category").cat.codes.to_numpy(np.int64)
     groups = rows["group"].astype("category").cat.codes.to_numpy(np.int64)
     parts = np.unique(groups * (labels.max(initial=0) + 1) + labels, return_inverse=True)[1]
-    matrix = read_sketches(sketches, image_ids)
+    matrix = read_vectors(sketches, "sketch", image_ids)
     if len(rows) > len(image_ids):
         matrix = matrix[images]
     return Photographs(rows, images, matrix, labels, groups, parts), image_ids
