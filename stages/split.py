@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         near, across = args.near * usual, min(args.near * usual, usual_within)
         near_pairs = choose_near(pairs, labels, is_named, near, across)
         links = [near_pairs, connect_labels(sketches, labels, is_named, pairs, near), connect_films(rows)]
+    del sketches
     groups = join(len(images), links)
     folds = assign_folds(groups, image_ids.to_numpy(), rows)
     leak = share_of_leaks(pairs, labels, folds, NEAR * usual)
@@ -94,11 +95,11 @@ def usual_distances(sketches: np.ndarray, labels: np.ndarray, pairs: pd.DataFram
     if not len(nearest):
         return USUAL_DISTANCE, 0.0
     sure = np.sort(nearest["a"])
-    others, labels = sketches[sure], labels[sure]
+    labels = np.where(np.isin(np.arange(len(labels)), sure), labels, -1)
     found = []
-    for block in blocks(np.arange(min(len(sure), N_QUERIES)), len(sure)):  # image_id is a hash: the first are like any
-        similarity = others[block] @ others.T
-        similarity[labels[block][:, None] == labels] = -np.inf
+    for block in blocks(sure[:N_QUERIES], len(labels)):  # image_id is a hash: the first are like any
+        similarity = sketches[block] @ sketches.T
+        similarity[(labels[block][:, None] == labels) | (labels == -1)] = -np.inf
         found.append(similarity.max(axis=1))
     usual = math.sqrt(max(0.0, 2 - 2 * float(np.median(np.concatenate(found)))))  # of unit vectors
     return min(usual, USUAL_DISTANCE), float(nearest["distance"].median())
