@@ -236,11 +236,11 @@ def write_ingested(folder: Path, rows: pa.Table) -> None:
             "content": pa.array([stream.getvalue()] * len(some), pa.binary()),
         }
         write(pa.table(columns), folder / "images" / f"part-{part:05}.parquet")
-    for name, columns in (
+    for name, names in (
         ("quarantine", ("path", "label", "length", "reason", "detail")),
         ("ignored", ("path", "length", "reason", "kind")),
     ):
-        types = [(each, pa.int64() if each == "length" else pa.string()) for each in columns]
+        types = [(each, pa.int64() if each == "length" else pa.string()) for each in names]
         write(pa.schema(types).empty_table(), folder / name / "part-00000.parquet")
 
 
