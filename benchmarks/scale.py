@@ -96,25 +96,36 @@ def main() -> None:
 
 
 def measure(name: str, n: int, clone: Path) -> dict[str, Any]:
-    """Run a stage, or a program of REPORTS; seconds, processor seconds, and MiB of each kind of process at its most."""
+    """Run a stage, or a program of REPORTS, and measure it."""
     if name == "neighbours" and n > N_SEARCHED:
         return measure_block(clone / "data/neighbours/sketches")
     new = clone / "data/features/part-new.parquet"
     if name == "drift":
         commit_run(clone, new)
-    if name in REPORTS:
-        words = [sys.executable, "-m", *REPORTS[name].split()]
-    else:
-        params = yaml.safe_load((clone / "params.yaml").read_text())
-        command = yaml.safe_load((clone / "dvc.yaml").read_text())["stages"][name]["cmd"]
-        words = [
-            word for each in shlex.split(command) for word in (flags(params[name]) if each == f"${{{name}}}" else [each])
-        ]
+    words = [sys.executable, "-m", *REPORTS[name].split()] if name in REPORTS else command_of(name, clone)
+    return run_watched(words, clone, accepted=(0, DIFFERENT) if name == "compare" else (0,))
+
+
+def command_of(stage: str, clone: Path) -> list[str]:
+    """Return the command of a stage in dvc.yaml, with its parameters in params.yaml."""
+    pipeline, params = (yaml.safe_load((clone / name).read_text()) for name in ("dvc.yaml", "params.yaml"))
+    words = shlex.split(pipeline["stages"][stage]["cmd"])
+    return [word for each in words for word in (flags(params[stage]) if each == f"${{{stage}}}" else [each])]
+
+
+def run_watched(words: list[str], clone: Path, accepted: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    """Run a command; seconds, processor seconds, and MiB of each kind of process at its most.
+
+    Raises
+    ------
+    SystemExit
+        its exit status is none of those accepted
+    """
     with watch() as seen:
         started = time.monotonic()
         done = subprocess.run(words, cwd=clone, env=ENVIRONMENT, capture_output=True, text=True)
         seconds = time.monotonic() - started
-    if done.returncode and not (name == "compare" and done.returncode == DIFFERENT):
+    if done.returncode not in accepted:
         raise SystemExit(f"scale: {' '.join(words)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     return {"seconds": round(seconds, 1), "processor_seconds": round(sum(seen.seconds.values()), 1), "mib": seen.mib}
 
