@@ -2,10 +2,10 @@
 
 usage: python -m benchmarks.input_size IMAGES [--networks efficientnet-lite0 resnet50] [--sizes 224 192 160 128]
 
-IMAGES is a folder of photographs, a folder for each label. The stages run by the commands of dvc.yaml, in a clone of the last
-commit, once for each network and size, and without any feature cache. The groups and folds are those of the first
-size for all sizes of a network: else another fold, and not the size, could make the difference. resnet50 takes Keras's
-ImageNet weights, which it downloads, or data/weights has.
+IMAGES is a folder of photographs, a folder for each label. The stages run by the commands of dvc.yaml, in a clone of the
+last commit, once for each network and size, and without any feature cache. The groups and folds are those of the first size
+for all sizes of a network: else another fold, and not the size, could make the difference. resnet50 takes Keras's ImageNet
+weights, which it downloads, or data/weights has.
 
 Writes benchmarks/input_size.json, a row at a time, and prints it as a table: seconds of featurize, of the clock and of a
 processor, and shares of the photographs recognised by the nearest neighbour and the linear probe, by all features and by the
