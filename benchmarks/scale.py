@@ -6,10 +6,7 @@ FOLDER gets a clone of the last commit for each number of images, with tables as
 keeps them; a million images take 6 GB. The images are synthetic: frames of things, which have labels. 1,280 features follow
 from 64 directions; as a network's, they are not negative, and multiples of 2^-9. Thumbnails have their real size; contents,
 which only a few are read of, do not. One label in a thousand is wrong, and the last hundredth of the images is new: `drift`
-compares with a commit of the others.
-
-Stages run by the commands of dvc.yaml. `neighbours` compares all with all: beyond N_SEARCHED images it is not run. Its time
-follows from one block of rows, and its tables are made: the neighbours of a frame are other frames of its thing.
+compares with a commit of the others. Stages run by the commands of dvc.yaml.
 
 data/backbone must be there (`make run`), of 1,280 features. Writes benchmarks/scale.json, from which
 `python -m benchmarks.extrapolate` makes the tables of docs/scale.md. Let nothing else run meanwhile.
@@ -38,11 +35,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
 from benchmarks.growing import machine
 from bootstrap.parameters import flags
-from stages import neighbours
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/scale.json"
@@ -53,7 +48,6 @@ REPORTS = {
     "compare": "reports.compare HEAD",
 }
 DIFFERENT = 1  # the exit status of compare: there are new images
-N_SEARCHED = 100_000
 N_FEATURES, N_DIRECTIONS = 1280, 64
 STEP = 2.0**-9
 N_LABELS, FRAMES = 300, 40
@@ -87,7 +81,7 @@ def main() -> None:
         run(clone, "git", "reset", "-q", "--hard", "FETCH_HEAD")
         shutil.copytree(ROOT / "data/backbone", clone / "data/backbone", dirs_exist_ok=True)
         for name in args.only:
-            measured = measure(name, n, clone)
+            measured = measure(name, clone)
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             results = {"machine": machine()} | (results if results.get("machine") == machine() else {})
             results.setdefault("images", {}).setdefault(str(n), {})[name] = measured
@@ -95,10 +89,8 @@ def main() -> None:
             print(f"{n:,} images, {name}: {measured}", flush=True)
 
 
-def measure(name: str, n: int, clone: Path) -> dict[str, Any]:
+def measure(name: str, clone: Path) -> dict[str, Any]:
     """Run a stage, or a program of REPORTS, and measure it."""
-    if name == "neighbours" and n > N_SEARCHED:
-        return measure_block(clone / "data/neighbours/sketches")
     new = clone / "data/features/part-new.parquet"
     if name == "drift":
         commit_run(clone, new)
@@ -137,17 +129,6 @@ def commit_run(clone: Path, new: Path) -> None:
     run(clone, sys.executable, "-m", "dvc", "commit", "-q", "-f", "backbone", "featurize", "reduce")
     run(clone, "git", "commit", "-q", "--allow-empty", "-am", "Earlier images")
     shutil.move(clone / "new.parquet", new)
-
-
-def measure_block(sketches: Path) -> dict[str, Any]:
-    """Search the neighbours of one block of rows; the seconds of all, on the cores of this machine."""
-    column = pq.read_table(sketches, columns=["sketch"])["sketch"]
-    rows = np.frombuffer(b"".join(column.to_pylist()), np.float32).reshape(len(column), -1)
-    with threadpool_limits(1):
-        started = time.process_time()  # other work does not count
-        neighbours.nearest(rows, 0, neighbours.ROWS, 6)
-    seconds = (time.process_time() - started) * len(rows) / neighbours.ROWS
-    return {"seconds": round(seconds / (os.cpu_count() or 1)), "processor_seconds": round(seconds), "from_one_block": True}
 
 
 class Seen(NamedTuple):
@@ -205,23 +186,17 @@ def make_collection(n: int) -> Collection:
 
 
 def write_tables(data: Path, collection: Collection) -> None:
-    """Write data/ingested and data/features and, if it is not to be computed, data/neighbours."""
+    """Write data/ingested and data/features."""
     n = len(collection.rows)
     n_new = int(NEW * n)
     order = np.random.default_rng(1).permutation(n)
     places = [f"part-{part:05}.parquet" for part in range(math.ceil((n - n_new) / ROWS))] + ["part-new.parquet"]
     parts = [*np.split(order[: n - n_new], range(ROWS, n - n_new, ROWS)), order[n - n_new :]]
-    sample = np.argsort(collection.rows["image_id"].to_numpy())[: neighbours.N_SAMPLE]
-    model = neighbours.fit(features_of(collection, sample).astype(np.float64))
-    sketches = np.zeros((n, len(model[1])), np.float32)
     for place, part in zip(places, parts, strict=True):
         rows = collection.rows.take(pa.array(part)).append_column("number", pa.array(part)).sort_by("image_id")
         features = features_of(collection, rows["number"].to_numpy())
         write(rows.drop_columns("number").append_column("features", to_lists(features)), data / "features" / place)
-        sketches[rows["number"].to_numpy()] = neighbours.sketch(features, *model)
     write_ingested(data / "ingested", collection.rows.take(pa.array(order)))
-    if n > N_SEARCHED:
-        write_neighbours(data / "neighbours", collection.rows, sketches)
 
 
 def features_of(collection: Collection, numbers: np.ndarray) -> np.ndarray:
@@ -255,33 +230,10 @@ def write_ingested(folder: Path, rows: pa.Table) -> None:
         write(pa.schema(types).empty_table(), folder / name / "part-00000.parquet")
 
 
-def write_neighbours(folder: Path, rows: pa.Table, sketches: np.ndarray) -> None:
-    """Write what the stage neighbours would, if those of a frame are the nearest frames of its thing."""
-    n, k = len(rows), 6
-    found, distances = np.zeros((n, k), np.int64), np.zeros((n, k), np.float32)
-    for start in range(0, n, FRAMES):
-        thing = sketches[start : start + FRAMES]
-        apart = np.linalg.norm(thing[:, None] - thing, axis=2)
-        np.fill_diagonal(apart, np.inf)
-        nearest = np.argsort(apart, axis=1)[:, :k]
-        found[start : start + FRAMES] = start + nearest
-        distances[start : start + FRAMES] = np.take_along_axis(apart, nearest, 1)
-    ids = rows["image_id"].combine_chunks()
-    tables = {
-        "sketches": rows.append_column("sketch", pa.array([each.tobytes() for each in sketches], pa.binary())),
-        "neighbours": pa.table({"image_id": ids, "neighbours": to_lists(found, ids), "distances": to_lists(distances)}),
-    }
-    parts = np.array_split(np.random.default_rng(3).permutation(n), math.ceil(n / neighbours.IMAGES_PER_FILE))
-    for name, table in tables.items():
-        for number, part in enumerate(parts):
-            write(table.take(pa.array(part)).sort_by("image_id"), folder / name / f"part-{number:05}.parquet")
-
-
-def to_lists(matrix: np.ndarray, names: pa.Array | None = None) -> pa.ListArray:
-    """Make a list of each row: of its numbers, or of the names that have these numbers."""
-    values = pa.array(matrix.ravel())
+def to_lists(matrix: np.ndarray) -> pa.ListArray:
+    """Make a list of the numbers of each row."""
     offsets = pa.array(np.arange(len(matrix) + 1, dtype=np.int32) * matrix.shape[1])
-    return pa.ListArray.from_arrays(offsets, names.take(values) if names is not None else values)
+    return pa.ListArray.from_arrays(offsets, pa.array(matrix.ravel()))
 
 
 def write(table: pa.Table, place: Path) -> None:
