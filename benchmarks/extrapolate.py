@@ -8,9 +8,9 @@ reads   benchmarks/growing.json  seconds of featurize, with two networks
         bootstrap/aws/cluster.yaml, bootstrap/aws/prices.yaml
 writes  docs/scale.md, between its marks
 
-A stage takes its start, and processor seconds for each photograph; `neighbours` takes them for each two. Stages on Spark
-share theirs among all cores, each of which then does a little less (EFFICIENCY). The others run on the machine that starts
-them, one after the other, and count as if on one core.
+A stage takes its start, and processor seconds for each photograph; `neighbours` also takes some for each photograph and each
+centre, of which there is one for 1,024 photographs. Stages on Spark share theirs among all cores, each of which then does a
+little less (EFFICIENCY). The others run on the machine that starts them, one after the other, and count as if on one core.
 """
 
 import json
@@ -31,6 +31,8 @@ NETWORKS = {"efficientnet-lite0": "EfficientNet-Lite0, float32", "resnet50": "Re
 GIB, MIB, KIB = 2**30, 2**20, 2**10
 # Of two executors, each does this share of what one does alone.
 EFFICIENCY = RESULTS["executors"]["ratios"]["two"] / 2
+PAIR = 2.9e-9  # processor seconds to compare two sketches: 2,917 for a million images against a million
+IMAGES_OF_A_CENTRE = 1024  # ROWS of neighbours
 # An assumption: a network reaches 15 % of the 121 TFLOP/s of an NVIDIA L4 in bfloat16 (NVIDIA's data sheet, no sparsity).
 # GFLOP of a photograph of 224 x 224 pixels: two for each product.
 GPU_GFLOPS = 121_000 * 0.15
@@ -108,11 +110,10 @@ def measured(name: str) -> tuple[tuple[int, dict[str, Any]], tuple[int, dict[str
 
 def measured_cost(name: str) -> Cost:
     (n_few, few), (n_many, many) = measured(name)
-    if many.get("from_one_block"):
-        each_two = many["processor_seconds"] / n_many**2
-        return Cost(few["processor_seconds"] - each_two * n_few**2, 0.0, each_two)
-    each = (many["processor_seconds"] - few["processor_seconds"]) / (n_many - n_few)
-    return Cost(few["processor_seconds"] - each * n_few, each)
+    each_two = PAIR / IMAGES_OF_A_CENTRE if name == "neighbours" else 0.0
+    (few_seconds, many_seconds) = (each["processor_seconds"] - each_two * n**2 for n, each in ((n_few, few), (n_many, many)))
+    each = (many_seconds - few_seconds) / (n_many - n_few)
+    return Cost(few_seconds - each * n_few, each, each_two)
 
 
 def bytes_of_each(name: str, kind: str) -> float:
@@ -187,8 +188,8 @@ def stages() -> str:
     rows = [(name, each) for name, each in costs(min(NETWORKS)).items() if name != "featurize"]
     rows[1:1] = [(f"featurize, {name}", costs(network)["featurize"]) for network, name in NETWORKS.items()]
     for name, each in rows:
-        rate = f"{each.each_two * 1e9:.2g} for each million" if each.each_two else say(1000 * each.each)
-        is_known = name in measured_stages() and not each.each_two
+        rate = say(1000 * each.each) + (f" and {each.each_two * 1e9:.2g} for each million" if each.each_two else "")
+        is_known = name in measured_stages()
         memory = say(max(bytes_of_each(name, "stage"), bytes_of_each(name, "worker"), 0)) if is_known else ""
         lines.append(f"| {name} | {say(max(each.start, 0))} | {rate} | {memory} | {say(each.seconds(10**7) / 3600)} |")
     return "\n".join(lines) + "\n"
@@ -204,8 +205,8 @@ def limits() -> str:
     driver = (NODE_GIB - 4) * GIB
     disk = cost.load()["ebs_gb"] * 1e9 * n_executors
     found = [
-        ("names and sketches in each worker of `neighbours`", 64 + 4 * 64, "bytes", worker),
-        ("the driver of `neighbours`", 3 * (64 + 4 * 64), "bytes", driver),
+        ("names, sketches and cells in each worker of `neighbours`", 64 + 4 * 64 + 4 * 4 + 8, "bytes", worker),
+        ("the driver of `neighbours`", bytes_of_each("neighbours", "stage"), "bytes", driver),
         ("`split` on this machine, of 64 GiB", bytes_of_each("split", "stage"), "bytes", SERVER_GIB * GIB),
         ("`suspects`, likewise", bytes_of_each("suspects", "stage"), "bytes", SERVER_GIB * GIB),
         ("names and folds in each worker of `covariance`", 64 + 1, "bytes", worker),

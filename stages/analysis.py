@@ -7,7 +7,7 @@ The table RECOGNISERS has the ways to recognise an image. One more is one pair o
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +82,12 @@ def read(
     return open_table(folder, file_system).to_table(list(columns), filter=wanted)
 
 
+def batches(folder: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Read the columns of a folder of Parquet files, some rows at a time."""
+    ahead = {"batch_readahead": 1, "fragment_readahead": 1}  # by default, Arrow holds many more batches
+    return open_table(folder).to_batches(list(columns), batch_size=4 * ROWS, **ahead)
+
+
 def to_frame(table: pa.Table) -> pd.DataFrame:
     """Turn a table into a frame whose texts stay Arrow's: Python's strings take two to three times the memory."""
     return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
@@ -114,8 +120,7 @@ def read_vectors(folder: str, column: str, image_ids: pa.Array) -> np.ndarray:
     if n_missing := len(image_ids) - len(np.unique(places[places >= 0])):
         raise ValueError(f"{n_missing:,} of {len(image_ids):,} images are not in {folder}. Run `dvc repro`.")
     vectors, first = np.zeros((len(image_ids), 0), np.float32), 0
-    ahead = {"batch_readahead": 1, "fragment_readahead": 1}  # by default, Arrow holds many more batches
-    for batch in open_table(folder).to_batches([column], batch_size=8 * ROWS, **ahead):
+    for batch in batches(folder, [column]):
         here = places[first : first + len(batch)]
         first += len(batch)
         if (here < 0).all():

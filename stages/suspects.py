@@ -164,13 +164,13 @@ def to_pairs(links: pd.DataFrame, photographs: Photographs) -> tuple[pd.DataFram
     ----------
     links : a, b, distance: numbers of images
     """
-    counts = np.bincount(photographs.images)
-    firsts = np.cumsum(counts) - counts
+    counts = np.bincount(photographs.images).astype(np.int32)
+    firsts = np.cumsum(counts, dtype=np.int32) - counts
 
     def of_photographs(a: np.ndarray, b: np.ndarray, distances: np.ndarray) -> pd.DataFrame:
         n_each = counts[a] * counts[b]
-        link = np.repeat(np.arange(len(a)), n_each)
-        place = np.arange(len(link)) - np.repeat(np.cumsum(n_each) - n_each, n_each)
+        link = np.repeat(np.arange(len(a), dtype=np.int32), n_each)
+        place = np.arange(len(link), dtype=np.int32) - np.repeat(np.cumsum(n_each, dtype=np.int32) - n_each, n_each)
         ahead, beside = np.divmod(place, counts[b][link])
         pairs = pd.DataFrame({"a": firsts[a][link] + ahead, "b": firsts[b][link] + beside, "distance": distances[link]})
         pairs = pairs[pairs["a"] != pairs["b"]]
