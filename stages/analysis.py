@@ -7,7 +7,7 @@ The table RECOGNISERS has the ways to recognise an image. One more is one pair o
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +89,59 @@ def read(
 ) -> pa.Table:
     """Read the columns of a folder of Parquet files, of the wanted rows alone."""
     return open_table(folder, file_system).to_table(list(columns), filter=wanted)
+
+
+def batches(folder: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Read the columns of a folder of Parquet files, some rows at a time."""
+    ahead = {"batch_readahead": 1, "fragment_readahead": 1}  # by default, Arrow holds many more batches
+    return open_table(folder).to_batches(list(columns), batch_size=4 * ROWS, **ahead)
+
+
+def to_frame(table: pa.Table) -> pd.DataFrame:
+    """Turn a table into a frame whose texts stay Arrow's: Python's strings take two to three times the memory."""
+    return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
+
+
+def read_pairs(folder: str, image_ids: pa.Array) -> pd.DataFrame:
+    """Read a, b, distance: the numbers of each image and of each of its neighbours, those of an image by rising distance."""
+    table = read(folder, ("image_id", "neighbours"))
+    own = pc.index_in(table["image_id"], image_ids).to_numpy()
+    a = np.repeat(own, pc.list_value_length(table["neighbours"]).to_numpy())
+    b = pc.index_in(pc.list_flatten(table["neighbours"]), image_ids).to_numpy()
+    del table  # 400 bytes an image
+    return pd.DataFrame({"a": a, "b": b, "distance": pc.list_flatten(read(folder, ("distances",))["distances"]).to_numpy()})
+
+
+def read_vectors(folder: str, column: str, image_ids: pa.Array) -> np.ndarray:
+    """Read the vector of each of these images, some at a time: float32 array of shape (n_images, length).
+
+    Parameters
+    ----------
+    folder : a table with the column image_id; others than these images may be there
+    column : of lists of numbers, or of the bytes of float32; of an equal length each
+
+    Raises
+    ------
+    ValueError
+        an image is not there
+    """
+    places = pc.index_in(read(folder, ("image_id",))["image_id"], image_ids).fill_null(-1).to_numpy()
+    if n_missing := len(image_ids) - len(np.unique(places[places >= 0])):
+        raise ValueError(f"{n_missing:,} of {len(image_ids):,} images are not in {folder}. Run `dvc repro`.")
+    vectors, first = np.zeros((len(image_ids), 0), np.float32), 0
+    for batch in batches(folder, [column]):
+        here = places[first : first + len(batch)]
+        first += len(batch)
+        if (here < 0).all():
+            continue
+        values = batch[column]
+        is_binary = pa.types.is_binary(values.type)
+        rows = np.frombuffer(b"".join(values.to_pylist()), np.float32) if is_binary else values.flatten().to_numpy()
+        rows = rows.reshape(len(batch), -1)
+        if not vectors.size:
+            vectors = np.zeros((len(image_ids), rows.shape[1]), np.float32)
+        vectors[here[here >= 0]] = rows[here >= 0]
+    return vectors
 
 
 def write(table: pd.DataFrame, schema: pa.Schema, folder: str | Path) -> None:

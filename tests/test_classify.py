@@ -313,22 +313,38 @@ def test_nothing_that_is_said_of_an_unknown_label_depends_on_its_training_images
         )
         rows = classify.read_images(args.split)
         sums = classify.read_sums(args.covariance)
-        whole = classify.score_fold(rows, args, sums, test_fold=1, k=K, scale="none", steps=tqdm(disable=True))
+        vectors = np.stack(images.set_index("image_id")["features"][rows["image_id"]])
+        whole = classify.score_fold(rows, vectors, len(rows), args, sums, 1, K, "none", tqdm(disable=True))
         assert whole is not None
         found.append(whole.left_out[0])
     for one, other in zip(*map(np.asarray, found), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-9)
 
 
-def test_sums_without_some_images_are_those_of_the_others_to_the_bit(images: pd.DataFrame, folder: Path) -> None:
-    is_left_out = images["label"] == "cherry"
-    write(pd.DataFrame([sums_of(np.stack(images["features"]))]), folder / "sums")
-    (whole,) = read_sums(str(folder / "sums")).values()
-    rest = classify.without(whole, str(folder / "features"), images["image_id"][is_left_out])
-    write(pd.DataFrame([sums_of(np.stack(images["features"][~is_left_out]))]), folder / "others")
-    (expected,) = read_sums(str(folder / "others")).values()
-    for one, other in zip(rest, expected, strict=True):
+def test_sums_of_parts_are_those_of_all_their_rows_to_the_bit(images: pd.DataFrame, folder: Path) -> None:
+    features, step = np.stack(images["features"]), sums_of(np.stack(images["features"]))["step"]
+    found = classify.add_up([classify.sum_up(features[:20], step), classify.sum_up(features[20:], step)])
+    write(pd.DataFrame([sums_of(features)]), folder / "sums")
+    (expected,) = read_sums(str(folder / "sums")).values()
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_of_a_large_collection_about_so_many_images_are_learnt_from_as_are_held(
+    images: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[int] = []
+    fit = classify.fit
+
+    def fit_and_note(embedding: np.ndarray, *settings: Any) -> classify.Head:
+        learnt.append(len(embedding))
+        return fit(embedding, *settings)
+
+    monkeypatch.setattr(classify, "fit", fit_and_note)
+    monkeypatch.setattr(classify, "N_LEARNT", len(images) // 2)
+    run_classify(folder, "learnt", max_images=40)
+    assert max(learnt[:-1]) == pytest.approx(len(images) // 4, rel=0.4)  # those of one fold
+    assert learnt[-1] == len(images), "what ships is fitted on all"
 
 
 def test_a_label_that_is_left_out_has_no_exemplar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
