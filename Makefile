@@ -143,6 +143,7 @@ check: # what the machine must have, said before anything else fails
 .venv/run: constraints.txt | check
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'Installing into .venv: some 2 GB, minutes' && $(PIP) -r constraints.txt
+	@python -m bootstrap.local
 	@touch $@
 
 .venv/app: .venv/run constraints-app.txt

@@ -1,8 +1,12 @@
-"""Run a stage on this machine: by spark-submit on its cores, or as a Python module."""
+"""Run a stage on this machine: by spark-submit on its cores, or as a Python module.
+
+usage: python -m bootstrap.local    makes the archive of Spark's classes, if there is none; else the first run makes it
+"""
 
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +20,7 @@ from typing import BinaryIO, cast
 from bootstrap.environment import python_environment, spark_environment
 from bootstrap.java import ClassArchive, check_java, class_archive
 from bootstrap.job import Job, Outcome, Runner
-from bootstrap.parameters import load
+from bootstrap.parameters import flags, load
 
 BOOTSTRAP = Path(__file__).resolve().parent
 # Start-up messages of Java, TensorFlow and LiteRT that no log level silences, and Spark's warning of large tasks: that of
@@ -129,6 +133,18 @@ def spark_submit(job: Job, environment: Mapping[str, str], earlier: str | None =
     ]
 
 
+def make_archive() -> None:
+    """Let `ingest` read the pictures of docs, so that Java learns Spark's classes; if it cannot, the first run will."""
+    archive = class_archive(os.environ, check_java())
+    if archive.partial:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree("docs", f"{folder}/images/docs")
+            places = [f"{folder}/images"], f"{folder}/ingested"
+            job = Job("spark-submit", "stages/ingest.py", *places, flags(load("params.yaml")["ingest"]))
+            environment = spark_environment(python_environment(os.environ), archive.options)
+            archive.settle(subprocess.run(spark_submit(job, os.environ), env=environment, capture_output=True).returncode)
+
+
 def call(command: list[str], environment: Mapping[str, str], lock: int) -> int:
     """Run the command and return its exit status; end it with all its children when this process is told to end.
 
@@ -196,3 +212,7 @@ def memory_mb() -> int:
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         n_bytes = min(n_bytes, int(text))
     return n_bytes // 2**20
+
+
+if __name__ == "__main__":
+    make_archive()
