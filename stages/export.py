@@ -420,7 +420,7 @@ def read_contents(ingested: str, paths: Sequence[str]) -> dict[str, bytes]:
     SystemExit
         one is not there
     """
-    contents = {}
+    contents: dict[str, bytes] = {}
     wanted = pc.field("path").isin(paths)
     for file in open_table(f"{ingested}/images").get_fragments():
         for row_group in file.split_by_row_group():
