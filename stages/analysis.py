@@ -19,8 +19,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import scipy.linalg
-from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
@@ -384,6 +382,9 @@ def predict_nearest_neighbour(model: tuple[np.ndarray, np.ndarray], test: np.nda
 
 def fit_linear_probe(train: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float, Any]:
     """Fit a logistic regression to rows that are scaled, so that one penalty suits spaces of any unit."""
+    from sklearn.dummy import DummyClassifier  # slow to import, and most stages do not need it
+    from sklearn.linear_model import LogisticRegression
+
     mean = train.mean(axis=0)
     spread = np.sqrt(((train - mean) ** 2).sum(axis=1).mean()) or 1.0
     is_choice = len(set(labels)) > 1  # which a regression must have
