@@ -73,7 +73,7 @@ bench: .venv/dev ## what it takes, against other ways; IMAGES=FOLDER of some 10,
 	@python -m benchmarks.bench $(IMAGES)
 
 test: .venv/dev ## what takes minutes; run it before each commit
-	@pytest
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev ## the rest: the whole pipeline, real networks, killed runs
 	@pytest -m slow
