@@ -73,7 +73,7 @@ bench: .venv/dev ## what it takes, against other ways; IMAGES=FOLDER of some 10,
 	@python -m benchmarks.bench $(IMAGES)
 
 test: .venv/dev ## what takes minutes; run it before each commit
-	@pytest
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: .venv/dev ## the rest: the whole pipeline, real networks, killed runs
 	@pytest -m slow
@@ -143,6 +143,7 @@ check: # what the machine must have, said before anything else fails
 .venv/run: constraints.txt | check
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'Installing into .venv: some 2 GB, minutes' && $(PIP) -r constraints.txt
+	@python -m bootstrap.local
 	@touch $@
 
 .venv/app: .venv/run constraints-app.txt

@@ -11,8 +11,7 @@ full       n_images and an empty cache
 added      n_images + n_added and the cache that `full` left
 
 Writes to benchmarks/growing.json, under the backbone's name: seconds (median, least and most), passes of the backbone, and
-the ratio of medians that counts, (added - start-up) / (full - start-up). For covariance it writes what its one pass takes,
-and how far updated sums differ from the sums of a fresh pass.
+the ratio of medians that counts, (added - start-up) / (full - start-up); and the seconds of covariance.
 """
 
 import argparse
@@ -30,12 +29,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.dataset as ds
 import yaml
 
 from bootstrap.parameters import flags
-from stages.covariance import merge, moments_of, to_matrix
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +66,6 @@ def main() -> None:
             "featurize": {run: {"passes": runs[run][0]["passes"], **summarize(runs[run], "seconds")} for run in RUNS},
             "ratio": round((seconds["added"] - seconds["start-up"]) / (seconds["full"] - seconds["start-up"]), 4),
             "covariance": {run: summarize(runs[run], "covariance") for run in RUNS},
-            "sums": compare_sums(folder / "full/features", folder / "added/features"),
         }
     file = ROOT / "benchmarks/growing.json"
     name = json.loads((args.backbone / "backbone.json").read_text())["name"]
@@ -86,7 +81,7 @@ def measure(
     said, seconds = submit(folder / run, "featurize", *places, params["featurize"], FEATURE_CACHE=str(cache))
     submit(folder / run, "neighbours", "features", "neighbours", params["neighbours"])
     submit(folder / run, "split", "neighbours", "split", params["split"])
-    _, covariance = submit(folder / run, "covariance", "features", "split", "covariance", params["covariance"])
+    _, covariance = submit(folder / run, "covariance", "features", "split", backbone, "covariance", {})
     passes = re.findall(r"([\d,]+) passes of", said)[-1]
     runs[run].append({"seconds": seconds, "passes": int(passes.replace(",", "")), "covariance": covariance})
     print(f"{run:<10}{seconds:6.1f} s  {passes:>7} passes;  covariance {covariance:5.1f} s", flush=True)
@@ -134,20 +129,6 @@ def copy_images(images: list[Path], source: Path, target: Path) -> None:
 def summarize(runs: list[dict[str, float]], key: str) -> dict[str, float]:
     values = [run[key] for run in runs]
     return {"median": round(statistics.median(values), 1), "least": round(min(values), 1), "most": round(max(values), 1)}
-
-
-def compare_sums(old: Path, all_: Path) -> dict[str, float]:
-    """Compare the scatter matrix of all rows in one pass with that of the old rows with the new ones merged in."""
-    before = set(ds.dataset(old, format="parquet").to_table(["image_id"])["image_id"].to_pylist())
-    table = ds.dataset(all_, format="parquet").to_table(["image_id", "features"])
-    is_old = np.array([each in before for each in table["image_id"].to_pylist()])
-    features = to_matrix(table["features"])
-    fresh, updated = moments_of(features), merge(moments_of(features[is_old]), moments_of(features[~is_old]))
-    difference = np.abs(fresh.scatter - updated.scatter)
-    return {
-        "entries_that_differ": round(float(np.mean(difference > 0)), 4),  # share of them
-        "largest_difference": float(f"{difference.max() / np.abs(fresh.scatter).max():.1e}"),  # share of the largest entry
-    }
 
 
 def machine() -> dict[str, Any]:

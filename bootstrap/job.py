@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 PROGRAMS = ("spark-submit", "python")
-PART = re.compile(r"(?:^|/)part-\d+[^/]*\.parquet$")  # as Spark names it
+# What is published of a table: its parts, as Spark names them, and what a stage wrote beside them.
+PUBLISHED = re.compile(r"(?:^|/)(?:part-\d+[^/]*\.parquet|_fingerprint)$")
 
 
 class Job(NamedTuple):
@@ -148,7 +149,7 @@ def published_name(part: str) -> str:
 
 
 def canonicalize(table: Path) -> None:
-    """Write a table's parts again, with bytes and names that follow from their rows alone, and delete all else there.
+    """Write a table's parts again, with bytes and names that follow from their rows alone, and delete what else Spark left.
 
     parquet-java names its version in a footer, and orders some lists there by identity hashes. So equal tables differ by
     a few bytes (apache/parquet-java 3215). Written again by pyarrow, a table is the same file for every Spark.
@@ -164,15 +165,20 @@ def canonicalize(table: Path) -> None:
     import pyarrow.parquet as pq
 
     def write_again(part: Path) -> None:
-        rows = pq.read_table(part, use_threads=False).replace_schema_metadata()
-        pq.write_table(
-            rows,
-            table / published_name(part.name),
-            compression="snappy",
-            use_dictionary=False,
-            row_group_size=2048,
-            write_page_checksum=True,
-        )
+        with (
+            pq.ParquetFile(part, buffer_size=2**16, pre_buffer=False) as rows,
+            pq.ParquetWriter(
+                table / published_name(part.name),
+                rows.schema_arrow.remove_metadata(),
+                compression="snappy",
+                use_dictionary=False,
+                write_page_checksum=True,
+            ) as written,
+        ):
+            for batch in rows.iter_batches(2048, use_threads=False):  # each becomes a row group: memory stays flat
+                written.write_batch(batch.replace_schema_metadata())
+            if not rows.metadata.num_rows:
+                written.write_table(written.schema.empty_table())
         part.unlink()
 
     parts = list(table.glob("part-*.parquet"))
@@ -184,7 +190,7 @@ def canonicalize(table: Path) -> None:
         )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write_again, parts))
-    for other in [*table.glob("_*"), *table.glob(".*")]:
+    for other in [*table.glob("_SUCCESS"), *table.glob(".*")]:
         other.unlink()
 
 

@@ -1,18 +1,26 @@
-"""Run a stage on this machine: by spark-submit on its cores, or as a Python module."""
+"""Run a stage on this machine: by spark-submit on its cores, or as a Python module.
 
+usage: python -m bootstrap.local    makes the archive of Spark's classes, if there is none; else the first run makes it
+"""
+
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from bootstrap.environment import python_environment, spark_environment
 from bootstrap.java import ClassArchive, check_java, class_archive
 from bootstrap.job import Job, Outcome, Runner
+from bootstrap.parameters import flags, load
 
 BOOTSTRAP = Path(__file__).resolve().parent
 # Start-up messages of Java, TensorFlow and LiteRT that no log level silences, and Spark's warning of large tasks: that of
@@ -44,14 +52,13 @@ def connect() -> Runner:
 class Machine:
     """Run jobs as processes of this machine."""
 
-    def command(self, job: Job) -> list[str]:
+    def command(self, job: Job, earlier: str | None = None) -> list[str]:
         if job.program == "spark-submit":
-            return spark_submit(job, os.environ)
+            return spark_submit(job, os.environ, earlier)
         module = ".".join(Path(job.stage).with_suffix("").parts)
         return [sys.executable, "-m", module, *job.inputs, job.output, *job.flags]
 
     def run(self, job: Job, partial: Path, lock: int) -> Outcome:
-        command = self.command(job._replace(output=str(partial)))
         started = time.monotonic()
         environment = python_environment(os.environ)
         archive = ClassArchive()
@@ -59,7 +66,9 @@ class Machine:
             archive = class_archive(os.environ, check_java())
             environment = spark_environment(environment, archive.options)
             check_folder(Path.cwd())
-        status = call(command, environment, lock)
+        with tempfile.TemporaryDirectory() as folder:
+            earlier = folder if link_earlier(job, folder) else None
+            status = call(self.command(job._replace(output=str(partial)), earlier), environment, lock)
         archive.settle(status)
         took = {"where": "local", "cores": os.cpu_count(), "seconds": time.monotonic() - started}
         return Outcome(status, lambda: took)
@@ -71,8 +80,33 @@ def check_folder(folder: Path) -> None:
         raise SystemExit(f"submit: Spark would read {folder} as a pattern: rename the folder, without [ ] {{ }} * ? \\")
 
 
-def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
-    """Return the command line of spark-submit that runs the job on this machine."""
+def link_earlier(job: Job, folder: str) -> bool:
+    """Put links to the files of the last output of featurize into the folder, if DVC's cache has them; tell if it does.
+
+    DVC deletes an output before the stage runs that makes it anew. The cache keeps the files, as dvc.lock names them.
+    """
+    outputs = load("dvc.lock").get("stages", {}).get("featurize", {}).get("outs", [])
+    digests = [each["md5"] for each in outputs if (job.name, job.output) == ("featurize", each["path"])]
+    if not digests:
+        return False
+    from dvc.config import Config  # slow to import
+
+    kept = Path(Config(".dvc")["cache"].get("dir") or ".dvc/cache", "files/md5").resolve()
+    with suppress(OSError, ValueError):  # not there any more, or damaged
+        for each in json.loads((kept / digests[0][:2] / digests[0][2:]).read_text()):
+            if (file := kept / each["md5"][:2] / each["md5"][2:]).exists():
+                Path(folder, each["relpath"]).symlink_to(file)
+        return True
+    return False
+
+
+def spark_submit(job: Job, environment: Mapping[str, str], earlier: str | None = None) -> list[str]:
+    """Return the command line of spark-submit that runs the job on this machine.
+
+    Parameters
+    ----------
+    earlier : the folder of an earlier output of featurize, if there is one
+    """
     root = environment.get("DVC_ROOT", ".")  # DVC's experiments in temporary folders share the cache of their origin
     settings = {
         "spark.featurize.cache": environment.get("FEATURE_CACHE") or f"{root}/.dvc/tmp/feature-cache",
@@ -80,6 +114,8 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
         "spark.hadoop.fs.defaultFS": "file:///",
         "spark.ui.showConsoleProgress": str(sys.stdout.isatty()).lower(),
     }
+    if earlier:
+        settings["spark.featurize.earlier"] = earlier
     return [
         str(Path(sys.executable).with_name("spark-submit")),
         *("--master", environment.get("SPARK_MASTER") or "local[*]"),
@@ -87,13 +123,26 @@ def spark_submit(job: Job, environment: Mapping[str, str]) -> list[str]:
         *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY") or f"{memory_mb() // 4}m"),
         # The JVM only moves rows. Its optimizing compiler takes half of two cores, and pays only after the stage has ended.
         # Its default collector pauses less, for which each store to memory is slower; pauses do not matter here.
-        *("--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC"),
+        # New rows soon die: a quarter of a large heap for them would only be filled, at no gain.
+        *("--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseParallelGC -Xmn128m"),
         *(part for key, value in settings.items() for part in ("--conf", f"{key}={value}")),
         job.stage,
         *job.inputs,
         job.output,
         *job.flags,
     ]
+
+
+def make_archive() -> None:
+    """Let `ingest` read the pictures of docs, so that Java learns Spark's classes; if it cannot, the first run will."""
+    archive = class_archive(os.environ, check_java())
+    if archive.partial:
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copytree("docs", f"{folder}/images/docs")
+            places = [f"{folder}/images"], f"{folder}/ingested"
+            job = Job("spark-submit", "stages/ingest.py", *places, flags(load("params.yaml")["ingest"]))
+            environment = spark_environment(python_environment(os.environ), archive.options)
+            archive.settle(subprocess.run(spark_submit(job, os.environ), env=environment, capture_output=True).returncode)
 
 
 def call(command: list[str], environment: Mapping[str, str], lock: int) -> int:
@@ -163,3 +212,7 @@ def memory_mb() -> int:
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         n_bytes = min(n_bytes, int(text))
     return n_bytes // 2**20
+
+
+if __name__ == "__main__":
+    make_archive()

@@ -1,5 +1,7 @@
 """Say what the feature cache holds, a line for each network, size of images, batch size and precision; or empty it.
 
+To empty it deletes as well what `ingest` keeps there of large images.
+
 usage: python -m reports.cache [--clear] FOLDER
 """
 
@@ -20,6 +22,8 @@ def main(argv: list[str]) -> None:
     (place,) = argv[is_to_clear:]
     if "://" in place:
         raise SystemExit(f"cache: {place} is not on this machine; look at it there, or delete it there")
+    for path in Path(place).glob("ingest-*.sqlite") if is_to_clear else ():
+        path.unlink(missing_ok=True)
     folders = sorted(path.parent for path in Path(place).glob("*/about.json") if "backbone" in json.loads(path.read_text()))
     if not folders:
         print(f"cache: {place} holds no features")

@@ -150,12 +150,12 @@ def look_into(file: ingest.File, outer: str, settings: argparse.Namespace, why: 
         return File(shown, file.length, *passed_over, archive=archive)
     limits = {"max_bytes": settings.max_file_mb * 2**20, "max_pixels": settings.max_pixels, "min_side": settings.min_side}
     try:
-        content, image, _ = ingest.open_file(file, **limits)
+        content, looks = ingest.open_file(file, **limits)
     except ingest.Refused as refused:
         return File(shown, file.length, refused.reason, refused.detail, archive=archive)
     label = ingest.label_of(file.labelled, settings.label_depth) or ""
     image_id, format = hashlib.sha256(content).hexdigest(), ingest.format_of(content) or ""
-    return File(path, file.length, "", "", label, image_id, format, image.width, image.height, archive)
+    return File(path, file.length, "", "", label, image_id, format, looks.width, looks.height, archive)
 
 
 def take_whole(folder: Path, images: list[File]) -> list[File]:

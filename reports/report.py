@@ -292,8 +292,10 @@ def make_pictures(images: str, paths: set[str]) -> dict[str, dict[str, str]]:
     """Make of each path the image's label and its source, a small WebP as a data URI."""
     wanted = pc.field("path").isin(pa.array(sorted(paths), pa.string()))
     found = {}
-    for batch in open_table(images).to_batches(list(PICTURES), filter=wanted, batch_size=256):
-        for row in batch.to_pylist():
+    for group in itertools.chain(*(file.split_by_row_group(wanted) for file in open_table(images).get_fragments())):
+        if not group.count_rows(wanted):
+            continue  # without a look at the pictures
+        for row in group.to_table(columns=list(PICTURES), filter=wanted).to_pylist():
             with Image.open(io.BytesIO(row["content"])) as image:
                 ImageOps.exif_transpose(image, in_place=True)
                 image.thumbnail((PIXELS, PIXELS))

@@ -7,7 +7,7 @@ The table RECOGNISERS has the ways to recognise an image. One more is one pair o
 """
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,10 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import scipy.linalg
-from sklearn.dummy import DummyClassifier
-from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-MOMENTS = ("fold", "n", "mean", "scatter")
+SUMS = ("fold", "n", "step", "sum", "products")
 UNREDUCED = ("features", "pixels")  # the spaces that no k changes
 SPACES = ("embedding", *UNREDUCED)
 ROWS = 1024  # of a distance matrix, at once
@@ -39,8 +37,17 @@ AS_WELL = 0.9  # pixels as features: the share of what either recognises beyond 
 RECOGNISED = 0.1  # by the features beyond chance, at least, or there is nothing to compare
 
 
+class Sums(NamedTuple):
+    """Of the features of one fold, in steps, as the stage covariance has them."""
+
+    n: int
+    step: float
+    total: np.ndarray  # int64, (n_features,)
+    products: np.ndarray  # int64, (n_features, n_features): the sum of outer products
+
+
 class Moments(NamedTuple):
-    """Of the features of one fold, as the stage covariance has them."""
+    """Of the features of one fold."""
 
     n: int
     mean: np.ndarray  # float64, (n_features,)
@@ -80,6 +87,59 @@ def read(
 ) -> pa.Table:
     """Read the columns of a folder of Parquet files, of the wanted rows alone."""
     return open_table(folder, file_system).to_table(list(columns), filter=wanted)
+
+
+def batches(folder: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Read the columns of a folder of Parquet files, some rows at a time."""
+    ahead = {"batch_readahead": 1, "fragment_readahead": 1}  # by default, Arrow holds many more batches
+    return open_table(folder).to_batches(list(columns), batch_size=4 * ROWS, **ahead)
+
+
+def to_frame(table: pa.Table) -> pd.DataFrame:
+    """Turn a table into a frame whose texts stay Arrow's: Python's strings take two to three times the memory."""
+    return table.to_pandas(types_mapper={pa.string(): pd.StringDtype("pyarrow")}.get)
+
+
+def read_pairs(folder: str, image_ids: pa.Array) -> pd.DataFrame:
+    """Read a, b, distance: the numbers of each image and of each of its neighbours, those of an image by rising distance."""
+    table = read(folder, ("image_id", "neighbours"))
+    own = pc.index_in(table["image_id"], image_ids).to_numpy()
+    a = np.repeat(own, pc.list_value_length(table["neighbours"]).to_numpy())
+    b = pc.index_in(pc.list_flatten(table["neighbours"]), image_ids).to_numpy()
+    del table  # 400 bytes an image
+    return pd.DataFrame({"a": a, "b": b, "distance": pc.list_flatten(read(folder, ("distances",))["distances"]).to_numpy()})
+
+
+def read_vectors(folder: str, column: str, image_ids: pa.Array) -> np.ndarray:
+    """Read the vector of each of these images, some at a time: float32 array of shape (n_images, length).
+
+    Parameters
+    ----------
+    folder : a table with the column image_id; others than these images may be there
+    column : of lists of numbers, or of the bytes of float32; of an equal length each
+
+    Raises
+    ------
+    ValueError
+        an image is not there
+    """
+    places = pc.index_in(read(folder, ("image_id",))["image_id"], image_ids).fill_null(-1).to_numpy()
+    if n_missing := len(image_ids) - len(np.unique(places[places >= 0])):
+        raise ValueError(f"{n_missing:,} of {len(image_ids):,} images are not in {folder}. Run `dvc repro`.")
+    vectors, first = np.zeros((len(image_ids), 0), np.float32), 0
+    for batch in batches(folder, [column]):
+        here = places[first : first + len(batch)]
+        first += len(batch)
+        if (here < 0).all():
+            continue
+        values = batch[column]
+        is_binary = pa.types.is_binary(values.type)
+        rows = np.frombuffer(b"".join(values.to_pylist()), np.float32) if is_binary else values.flatten().to_numpy()
+        rows = rows.reshape(len(batch), -1)
+        if not vectors.size:
+            vectors = np.zeros((len(image_ids), rows.shape[1]), np.float32)
+        vectors[here[here >= 0]] = rows[here >= 0]
+    return vectors
 
 
 def write(table: pd.DataFrame, schema: pa.Schema, folder: str | Path) -> None:
@@ -138,20 +198,35 @@ def in_both_folds(stage: str, n_steps: int, measure: Callable[[int, tqdm], Any])
 # Principal components
 
 
-def read_moments(covariance: str) -> dict[int, Moments]:
-    """Read the moments of each fold."""
-    rows = read(covariance, MOMENTS).to_pandas().itertuples()
+def read_sums(covariance: str, file_system: Any | None = None) -> dict[int, Sums]:
+    """Read the sums of each fold."""
+    rows = read(covariance, SUMS, file_system=file_system).to_pandas().itertuples()
     return {
-        row.fold: Moments(row.n, np.frombuffer(row.mean), to_square(np.frombuffer(row.scatter), len(row.mean) // 8))
+        row.fold: Sums(
+            row.n,
+            row.step,
+            np.frombuffer(row.sum, "<i8"),
+            to_square(np.frombuffer(row.products, "<i8"), len(row.sum) // 8),
+        )
         for row in rows
     }
 
 
 def to_square(triangle: np.ndarray, n: int) -> np.ndarray:
     """Make the symmetric matrix of shape (n, n) that has this lower triangle."""
-    square = np.zeros((n, n))
+    square = np.zeros((n, n), triangle.dtype)
     square[np.tri(n, dtype=bool)] = triangle
     return square + np.tril(square, -1).T
+
+
+def to_moments(sums: Sums) -> Moments:
+    """Compute the moments, as the stage reduce does, whose function says why it is done so."""
+    n, step, total, products = sums
+    centre = (2 * total + n) // (2 * n)
+    rest = total - n * centre
+    centred = products - np.outer(centre, total) - np.outer(rest, centre)
+    offset = rest / n
+    return Moments(n, (centre + offset) * step, (centred - n * np.outer(offset, offset)) * step**2)
 
 
 def fit_basis(moments: Moments, scale: str, max_components: int) -> Basis:
@@ -307,6 +382,9 @@ def predict_nearest_neighbour(model: tuple[np.ndarray, np.ndarray], test: np.nda
 
 def fit_linear_probe(train: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float, Any]:
     """Fit a logistic regression to rows that are scaled, so that one penalty suits spaces of any unit."""
+    from sklearn.dummy import DummyClassifier  # slow to import, and most stages do not need it
+    from sklearn.linear_model import LogisticRegression
+
     mean = train.mean(axis=0)
     spread = np.sqrt(((train - mean) ** 2).sum(axis=1).mean()) or 1.0
     is_choice = len(set(labels)) > 1  # which a regression must have

@@ -16,6 +16,7 @@ import hashlib
 import importlib.resources
 import io
 import json
+import math
 import os
 import pickle
 import sys
@@ -54,6 +55,9 @@ LITE0_BLOCKS = (  # repeats, kernel, stride, expansion, filters
 # Each image classifier of keras.applications by its name in small letters.
 KERAS = {name.lower(): value for name, value in vars(keras.applications).items() if name[0].isupper()}
 
+N_PROBES = 16  # images that tell how large features are
+BITS = 8  # that a feature of usual size has on the grid: 16 bits with a sign hold what is 100 times as large
+
 CONVOLUTIONS = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D)
 
 Scaling = Callable[[Any], Any]
@@ -76,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         "input": "pixels:0",
         "output": "features:0",
         "n_features": network.output_shape[-1],
+        "step": step_of(features_of(graph, probe(args.image_size)), args.name),  # of the grid that features are rounded to
         "pixels": {
             "orientation": "upright",  # turned as its EXIF data say
             "mode": "RGB",
@@ -91,7 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     output.mkdir()
     (output / "graph.pb").write_bytes(graph)
     (output / "backbone.json").write_text(json.dumps(description, indent=2) + "\n")
-    print(f"backbone: {args.name}, {args.image_size} x {args.image_size} pixels to {description['n_features']:,} features")
+    print(
+        f"backbone: {args.name}, {args.image_size} x {args.image_size} pixels to {description['n_features']:,} features, "
+        f"multiples of 2**{math.log2(description['step']):.0f}"
+    )
 
 
 def build(name: str, image_size: int, weights: str | None = None, classifier: bool = False) -> tuple[keras.Model, Scaling]:
@@ -314,6 +322,49 @@ def to_depthwise(convolution: layers.Conv2D) -> layers.Layer:
     kernel, *bias = convolution.get_weights()  # (height, width, 1, channels)
     depthwise.set_weights([kernel.swapaxes(2, 3), *bias])
     return depthwise
+
+
+def probe(image_size: int) -> np.ndarray:
+    """Make images that are the same everywhere: uint8 (N_PROBES, image_size, image_size, 3).
+
+    Between 4 x 4 random colours they are smooth as photographs are, with a little noise. Hard edges would excite a network
+    more than photographs do. All is calculated in whole numbers.
+    """
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 256, (N_PROBES, 4, 4, 3))
+    last = image_size - 1
+    weights = np.maximum(0, last - np.abs(3 * np.arange(image_size)[:, None] - last * np.arange(4)))  # bilinear
+    smooth = np.einsum("ya,nabc,xb->nyxc", weights, colours, weights, optimize=True) // last**2
+    return np.clip(smooth + random.integers(-8, 9, smooth.shape), 0, 255).astype(np.uint8)
+
+
+def features_of(graph: bytes, pixels: np.ndarray) -> np.ndarray:
+    """Compute the features of some pixels by a frozen graph."""
+    with tf.Graph().as_default() as frozen:
+        tf.import_graph_def(tf.compat.v1.GraphDef.FromString(graph), name="")
+    with tf.compat.v1.Session(graph=frozen) as session:
+        return session.run("features:0", {"pixels:0": pixels})
+
+
+def step_of(features: np.ndarray, name: str) -> float:
+    """Choose what the network's features are multiples of: the power of two that is some 2**-BITS of their size.
+
+    Their size is the root of the mean square of these features, which never are those of a collection: one more photograph
+    must not change the features of the others. Its last digits differ between processors. The power of two does not, unless
+    the size is within a millionth of where one power gives way to the next.
+
+    Raises
+    ------
+    SystemExit
+        all features are 0, or one is no finite number
+    """
+    size = float(np.sqrt(np.mean(np.square(features, dtype=np.float64))))
+    if not 0 < size < math.inf:
+        raise SystemExit(
+            f"backbone: the features of {len(features)} test images have a root mean square of {size}, so {name} tells "
+            "nothing about an image. Are its weights those of this network?"
+        )
+    return 2.0 ** (round(math.log2(size)) - BITS)
 
 
 def sha256(parts: Iterable[Any]) -> str:

@@ -24,13 +24,14 @@ other, then the other way round. A label may have one group only in each fold, s
 one. They come from the test of one direction, and are judged in the other. What is said of unknown labels is of labels that
 neither PCA nor whitening nor exemplars have seen.
 
-Runs without Spark. A million images of k = 64 take some 5 GB; at most max_images are judged, chosen by SHA-256.
+Runs without Spark. Of more than max_images, about so many are judged; of more than N_LEARNT, what the figures say is learnt
+from about so many. SHA-256 chooses. What ships is fitted on all images.
 """
 
 import argparse
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,28 +51,26 @@ from stages.analysis import (
     INTERVAL,
     ROWS,
     Basis,
-    Moments,
+    Sums,
     between,
-    first_rows,
     fit_basis,
     hash_below,
     in_both_folds,
-    open_table,
     project,
     read,
-    read_moments,
+    read_sums,
+    read_vectors,
     recalls,
     resample,
     rounded,
-    to_matrix,
+    to_frame,
+    to_moments,
     train_and_test,
     write,
 )
 
 SPLIT = ("image_id", "path", "label", "group", "fold")
 LABELLED = ("label",)
-VECTORS = ("image_id", "features")
-EMBEDDINGS = ("image_id", "embedding")
 REDUCTION = ("k", "scale")
 WHITENING = pa.schema(
     [
@@ -116,10 +115,10 @@ LEAST_STRANGENESS = 1e-3  # that is refused: where k keeps nearly all, it is onl
 BINS = 15  # of probabilities, equally wide (Guo et al. 2017, "On calibration of modern neural networks")
 COVERAGES = np.linspace(0.05, 1, 20)
 SUREST = 0.8
+N_LEARNT = 2**16  # images whose features are held, to learn from and to judge; max_images if that is more
 PARTS = 5  # of the labels, each left out in turn
 LABELS = 2  # tested, at least, for a probability to mean anything
 TRUE_POSITIVES = 0.95  # at which false ones are counted
-ROUNDING = 1e-10  # of a difference of scatters
 LEAST_VARIANCE = 1e-6  # of the largest
 ITERATIONS = 20  # of k-means; it has long ended
 
@@ -163,11 +162,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     warnings.filterwarnings("ignore", "One of the clusters is empty")  # of equal images: see find_exemplars
     images = read_images(args.split)
+    share = max(args.max_images, N_LEARNT) / len(images)
+    sample = images[(images["image_id"] < hash_below(share)).to_numpy(bool)].reset_index(drop=True)
+    sample = sample.astype(dict.fromkeys(SPLIT[:4], object))
+    features = read_vectors(args.features, "features", pa.array(sample["image_id"], pa.string()))
     (reduction,) = read(f"{args.reduced}/model/settings", REDUCTION).to_pylist()
-    moments = read_moments(args.covariance)
+    sums = read_sums(args.covariance)
 
     def test(fold: int, steps: tqdm) -> Scores | None:
-        return score_fold(images, args, moments, fold, **reduction, steps=steps)
+        return score_fold(sample, features, len(images), args, sums, fold, **reduction, steps=steps)
 
     scores = [each for each in in_both_folds("classify", 1 + PARTS, test) if each]
     tables = {"reliability": pd.DataFrame(columns=RELIABILITY), "coverage": pd.DataFrame(columns=COVERAGE)}
@@ -188,10 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     metrics["labels_untested"] = len(labels) - metrics["labels"]
 
     with threadpool_limits(1):
-        table = read(f"{args.reduced}/embeddings", EMBEDDINGS)
-        embedding = to_matrix(table["embedding"].combine_chunks().flatten().to_numpy(), len(table))
-        embedding = embedding[first_rows(table, images["image_id"])]
-        head = fit(embedding, images["label"].to_numpy(), args.exemplars, args.shrinkage)
+        embedding = read_vectors(f"{args.reduced}/embeddings", "embedding", pa.array(images["image_id"], pa.string()))
+        head = fit(embedding, images["label"].to_numpy(object), args.exemplars, args.shrinkage)
         exemplars = name_exemplars(head, embedding, images)
 
     output = Path(args.output)
@@ -211,37 +212,46 @@ def main(argv: list[str] | None = None) -> None:
 
 def read_images(split: str) -> pd.DataFrame:
     """Read SPLIT of each distinct image, by image_id; a copy of it would prove nothing."""
-    images = read(f"{split}/images", SPLIT).to_pandas().sort_values(["image_id", "path"])
+    images = to_frame(read(f"{split}/images", SPLIT).sort_by([("image_id", "ascending"), ("path", "ascending")]))
     return images.drop_duplicates("image_id", ignore_index=True)
 
 
 def score_fold(
     images: pd.DataFrame,
+    features: np.ndarray,
+    n_images: int,
     args: argparse.Namespace,
-    moments: dict[int, Moments],
+    sums: dict[int, Sums],
     test_fold: int,
     k: int,
     scale: str,
     steps: tqdm,
 ) -> Scores | None:
-    """Fit PCA and head on one fold, and score some images of the other; None if there are none of the same labels."""
+    """Fit PCA and head on one fold, and score some images of the other; None if there are none of the same labels.
+
+    Parameters
+    ----------
+    images, features : image_id, path, label, group and fold of some images of n_images, and their features
+    """
     is_train, is_test = train_and_test(images, test_fold)
-    is_test &= (images["image_id"] < hash_below(args.max_images / len(images))).to_numpy()
+    is_test &= (images["image_id"] < hash_below(args.max_images / n_images)).to_numpy(bool)
     if not is_test.any():
         return None
-    embedding, strangeness = embed(args.features, images["image_id"], fit_basis(moments[1 - test_fold], scale, k))
+    embedding, strangeness = embed(features, fit_basis(to_moments(sums[1 - test_fold]), scale, k))
     labels = images["label"].to_numpy()
     head = fit(embedding[is_train], labels[is_train], args.exemplars, args.shrinkage)
     similarities = compare(embedding[is_test], head)
-    del embedding  # of all images
     steps.update()
+    part_of = np.searchsorted(head.labels, labels) % PARTS
+    step = sums[1 - test_fold].step
+    parts = [sum_up(features[is_train & (part_of == part)], step) for part in range(PARTS)]
     left_out = []
     for part in range(PARTS):
-        is_unknown = np.isin(labels, head.labels[part::PARTS])
+        is_unknown = (part_of == part) & np.isin(labels, head.labels)
         if is_unknown[is_test].any() and not is_unknown[is_test].all():
             learnt = is_train & ~is_unknown
-            rest = without(moments[1 - test_fold], measure_moments(args.features, images["image_id"][is_train & is_unknown]))
-            reduced, unexplained = embed(args.features, images["image_id"], fit_basis(rest, scale, k))
+            rest = to_moments(add_up([each for other, each in enumerate(parts) if other != part]))
+            reduced, unexplained = embed(features, fit_basis(rest, scale, k))
             nearest = compare(reduced[is_test], fit(reduced[learnt], labels[learnt], args.exemplars, args.shrinkage))
             left_out.append(LeftOut(nearest.max(axis=1), unexplained[is_test], is_unknown[is_test]))
         steps.update()
@@ -249,58 +259,43 @@ def score_fold(
     return Scores(tested, head.labels, similarities, strangeness[is_test], left_out)
 
 
-def measure_moments(features: str, image_ids: pd.Series) -> Moments:
-    """Compute the moments of the features of these images, copies too, as the stage covariance has them."""
-    n, total, products = 0, np.zeros(1), np.zeros((1, 1))
-    for here, values in batches(features, pd.Index(image_ids)):
-        rows = values[here >= 0].astype(np.float64)
-        n, total, products = n + len(rows), total + rows.sum(axis=0), products + rows.T @ rows
-    return Moments(n, total / n, products - np.outer(total, total) / n)
+def blocks(n_rows: int) -> list[slice]:
+    """Cut rows into blocks of ROWS, of which float64 takes little memory."""
+    return [slice(start, start + ROWS) for start in range(0, n_rows, ROWS)]
 
 
-def without(moments: Moments, part: Moments) -> Moments:
-    """Take some rows out of moments: the reverse of merging them (Chan, Golub and LeVeque 1983)."""
-    n = moments.n - part.n
-    shift = part.mean - moments.mean
-    scatter = moments.scatter - part.scatter - (part.n * moments.n / n) * np.outer(shift, shift)
-    is_constant = np.diag(scatter) <= ROUNDING * np.diag(moments.scatter)
-    scatter[is_constant], scatter[:, is_constant] = 0, 0
-    return Moments(n, moments.mean - shift * (part.n / n), scatter)
+def sum_up(features: np.ndarray, step: float) -> Sums:
+    """Sum up rows, float32 multiples of step of shape (n, n_features), as the stage covariance does."""
+    n_features = features.shape[1]
+    total, products = np.zeros(n_features, np.int64), np.zeros((n_features, n_features), np.int64)
+    for block in blocks(len(features)):
+        rows = features[block] / np.float64(step)
+        total += rows.sum(axis=0).astype(np.int64)
+        products += (rows.T @ rows).astype(np.int64)
+    return Sums(len(features), step, total, products)
 
 
-def batches(features: str, image_ids: pd.Index) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Read features, some rows at a time.
-
-    Yields
-    ------
-    the place of each row among the image_ids, int (n_rows,), -1 if it is none of them; and the rows, float32
-    (n_rows, n_features)
-    """
-    ahead = {"batch_readahead": 1, "fragment_readahead": 1}  # by default, Arrow holds many more batches
-    for batch in open_table(features).to_batches(list(VECTORS), batch_size=8 * ROWS, **ahead):
-        if len(batch):
-            yield (
-                image_ids.get_indexer(batch["image_id"].to_pylist()),
-                to_matrix(batch["features"].flatten().to_numpy(), len(batch)),
-            )
+def add_up(parts: Sequence[Sums]) -> Sums:
+    """Add the sums of some rows to those of others."""
+    n, (step, *_), total, products = (of_all for of_all in zip(*parts, strict=True))
+    return Sums(sum(n), step, np.sum(total, axis=0), np.sum(products, axis=0))
 
 
-def embed(features: str, image_ids: pd.Series, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
-    """Project the features of these images.
+def embed(features: np.ndarray, basis: Basis) -> tuple[np.ndarray, np.ndarray]:
+    """Project features (n_images, n_features).
 
     Returns
     -------
     their embedding, float32, (n_images, k), and their strangeness, float64, (n_images,): of the squared distance from the
     mean, the share that is not in the components
     """
-    rows = pd.Index(image_ids)
-    embedding = np.zeros((len(rows), len(basis.components)), np.float32)
-    strangeness = np.zeros(len(rows))
-    for here, values in batches(features, rows):
-        embedding[here] = project(values, basis)
-        length = (((values - basis.mean) / basis.scale) ** 2).sum(axis=1)
-        explained = (embedding[here].astype(np.float64) ** 2).sum(axis=1)
-        strangeness[here] = 1 - explained / np.maximum(length, np.finfo(np.float32).tiny)
+    embedding = np.zeros((len(features), len(basis.components)), np.float32)
+    strangeness = np.zeros(len(features))
+    for block in blocks(len(features)):
+        embedding[block] = project(features[block], basis)
+        length = (((features[block] - basis.mean) / basis.scale) ** 2).sum(axis=1)
+        explained = (embedding[block].astype(np.float64) ** 2).sum(axis=1)
+        strangeness[block] = 1 - explained / np.maximum(length, np.finfo(np.float32).tiny)
     return embedding, strangeness
 
 
@@ -320,17 +315,18 @@ def fit(embedding: np.ndarray, labels: np.ndarray, n_exemplars: int, shrinkage: 
     The whitening is that of linear discriminant analysis, for rows of unit length. It has one free factor: its largest entry
     is 1. No direction counts more than 1 / sqrt(LEAST_VARIANCE) times that in which the images of a label vary most.
     """
-    names, number = np.unique(labels, return_inverse=True)
+    number, names = pd.factorize(labels, sort=True)
     counts = np.bincount(number)
     by_label = np.split(np.argsort(number, kind="stable"), np.cumsum(counts)[:-1])
-    rows = to_unit(embedding.astype(np.float64))
+    scatter = np.zeros((embedding.shape[1], embedding.shape[1]))
     for each in by_label:
-        rows[each] -= rows[each].mean(axis=0)
-    variance, axes = scipy.linalg.eigh(shrunk_covariance(rows.T @ rows / len(rows), shrinkage))
+        rows = to_unit(embedding[each].astype(np.float64))
+        rows -= rows.mean(axis=0)
+        scatter += rows.T @ rows
+    variance, axes = scipy.linalg.eigh(shrunk_covariance(scatter / len(embedding), shrinkage))
     whitening = (axes / np.sqrt(np.maximum(variance, LEAST_VARIANCE * variance[-1] or 1.0))) @ axes.T
     whitening /= np.abs(whitening).max()
-    points = to_points(embedding, whitening)
-    exemplars = [find_exemplars(points[each], n_exemplars) for each in by_label]
+    exemplars = [find_exemplars(to_points(embedding[each], whitening), n_exemplars) for each in by_label]
     return Head(names, whitening, np.concatenate(exemplars), np.array([len(each) for each in exemplars]))
 
 
@@ -351,19 +347,17 @@ def find_exemplars(points: np.ndarray, n_exemplars: int) -> np.ndarray:
 def compare(embedding: np.ndarray, head: Head) -> np.ndarray:
     """Compute the similarity of embeddings (n_images, k) to each label, -1 to 1: float64, (n_images, n_labels)."""
     starts = np.cumsum(head.n_exemplars) - head.n_exemplars
-    blocks = [embedding[start : start + ROWS] for start in range(0, len(embedding), ROWS)]
-    cosines = (to_points(each, head.whitening) @ head.exemplars.T for each in blocks)
+    cosines = (to_points(embedding[block], head.whitening) @ head.exemplars.T for block in blocks(len(embedding)))
     return np.concatenate([np.maximum.reduceat(each, starts, axis=1) for each in cosines])
 
 
 def name_exemplars(head: Head, embedding: np.ndarray, images: pd.DataFrame) -> pd.DataFrame:
     """Make EXEMPLARS of a head that was fitted to these images."""
-    points = to_points(embedding, head.whitening)
-    label = np.repeat(head.labels, head.n_exemplars)
-    rows = images.groupby("label").indices
-    nearest = [
-        rows[each][(points[rows[each]] @ vector).argmax()] for each, vector in zip(label, head.exemplars, strict=True)
-    ]
+    rows, nearest = images.groupby("label").indices, []
+    of_label = np.split(head.exemplars, np.cumsum(head.n_exemplars)[:-1])
+    for label, vectors in zip(head.labels, of_label, strict=True):
+        points = to_points(embedding[rows[label]], head.whitening)
+        nearest += [rows[label][(points @ vector).argmax()] for vector in vectors]
     named = images.loc[nearest, ["label", "image_id", "path"]].reset_index(drop=True)
     return named.assign(exemplar=named.groupby("label").cumcount() + 1, vector=list(head.exemplars))
 

@@ -1,31 +1,29 @@
-"""covariance: number, mean and scatter matrix of the features of each fold, in one pass.
+"""covariance: number, sum and sum of outer products of the features of each fold, in one pass.
 
-usage: covariance.py FEATURES SPLIT OUTPUT --max_blocks 16
+usage: covariance.py FEATURES SPLIT BACKBONE OUTPUT
 
-reads   FEATURES      files of FEATURES
-        SPLIT/images  IMAGES
-writes  OUTPUT        MOMENTS, one row for each fold
+reads   FEATURES                files of FEATURES
+        SPLIT/images            IMAGES
+        BACKBONE/backbone.json  the step whose multiples features are
+writes  OUTPUT                  SUMS, one row for each fold
 
 Every PCA of the collection, of a fold or of the whole, of any number of components and any scaling, follows from these few
-numbers; no image or feature is looked at again.
+numbers; no image or feature is looked at again. They are whole numbers of steps. So they are exact, and the same for any
+order of rows and any number of tasks; rows can be added and taken away to the bit.
 """
 
 import argparse
-import functools
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
-from typing import Any, NamedTuple, cast
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyspark import TaskContext
 from pyspark.sql import DataFrame, Observation, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
 from pyspark.sql.pandas.types import to_arrow_schema
-from threadpoolctl import threadpool_limits
 
 FEATURES = T.StructType(
     [
@@ -34,25 +32,27 @@ FEATURES = T.StructType(
     ]
 )
 IMAGES = T.StructType([T.StructField("image_id", T.StringType()), T.StructField("fold", T.IntegerType())])
-MOMENTS = T.StructType(
+SUMS = T.StructType(
     [
         T.StructField("fold", T.IntegerType()),
         T.StructField("n", T.LongType()),
-        T.StructField("mean", T.BinaryType()),  # float64, little-endian, of shape (n_features,)
-        # Float64, little-endian: the lower triangle of a symmetric matrix of shape (n_features, n_features), row by row.
-        T.StructField("scatter", T.BinaryType()),
+        T.StructField("step", T.DoubleType()),  # the unit of what follows
+        T.StructField("sum", T.BinaryType()),  # int64, little-endian, of shape (n_features,)
+        # Int64, little-endian: the lower triangle of a symmetric matrix of shape (n_features, n_features), row by row.
+        T.StructField("products", T.BinaryType()),
     ]
 )
-FILES = 3  # of a block, at least: to move its sums takes as long as to make them from as many
-PARTIAL = T.StructType([T.StructField("block", T.IntegerType()), *MOMENTS.fields])
+MOST = 32_767  # steps of a feature, either way: a product of two is less than 2**30
+MOST_ROWS = 2**33  # so many sums of such products are less than 2**63
+ROWS = 2**16  # at once: 2**23 products would be exact in float64 too, but take more memory
 
 
-class Moments(NamedTuple):
-    """Of some rows: how many, their mean, and the sum of the outer products of their deviations from it."""
+class Sums(NamedTuple):
+    """Of some rows, in steps: how many, their sum, and the sum of their outer products."""
 
     n: int
-    mean: np.ndarray  # float64, (n_features,)
-    scatter: np.ndarray  # float64, (n_features * (n_features + 1) / 2,)
+    sum: np.ndarray  # int64, (n_features,)
+    products: np.ndarray  # int64, (n_features * (n_features + 1) / 2,)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,11 +65,13 @@ def main(argv: list[str] | None = None) -> None:
         .config("spark.sql.adaptive.enabled", False)
         .getOrCreate()
     )
+    backbone: Any = spark.read.format("binaryFile").load(f"{args.backbone}/backbone.json").select("content").toPandas()
+    step = json.loads(backbone.at[0, "content"])["step"]
     files = spark.read.format("binaryFile").load(f"{args.features}/*.parquet")
     image_ids, folds = read_folds(spark.read.format("binaryFile").load(f"{args.split}/images/*.parquet"))
     written = Observation()
     (
-        merge_blocks(sum_blocks(files, image_ids, folds, args.max_blocks))
+        add_up(sum_files(files, image_ids, folds, step))
         .observe(written, F.sum("n").alias("images"), F.count("fold").alias("folds"))
         .write.parquet(args.output)
     )
@@ -84,32 +86,25 @@ def read_folds(files: DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return image_ids, table["fold"].to_numpy()[first].astype(np.int8)
 
 
-def sum_blocks(files: DataFrame, image_ids: np.ndarray, folds: np.ndarray, max_blocks: int) -> DataFrame:
-    """PARTIAL, one row for each fold of each block of files; each file is a partition.
+def sum_files(files: DataFrame, image_ids: np.ndarray, folds: np.ndarray, step: float) -> DataFrame:
+    """Make SUMS, one row for each fold and task; each file is a partition.
 
-    A block is some partitions in a row, summed up in their order. Spark puts larger files first, equal ones by name, and how
-    many blocks there are follows from the number of files: sums of floating-point numbers must not depend on how many cores
-    there are. The files are read here and not by Spark, which would take longer to hand the rows over one by one than to
-    multiply them.
+    The files are read here and not by Spark, which would take longer to hand the rows over one by one than to multiply them.
     """
-    n_blocks = min(max_blocks, math.ceil(len(files.inputFiles()) / FILES))
     shared = files.sparkSession.sparkContext.broadcast((image_ids, folds))
 
-    def sum_files(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        block = cast(TaskContext, TaskContext.get()).partitionId()
-        total: dict[int, Moments] = {}
-        with threadpool_limits(1):
-            for content in (content for batch in batches for content in batch["content"]):
-                table = parse(content.as_buffer(), FEATURES.names)
-                fold = look_up(np.array(table["image_id"].to_pylist(), "S64"), *shared.value)
-                features = to_matrix(table["features"])
+    def sum_some(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        total: dict[int, Sums] = {}
+        for content in (content for batch in batches for content in batch["content"]):
+            for rows in parse(content.as_buffer(), FEATURES.names).to_batches(ROWS):
+                fold = look_up(np.array(rows["image_id"].to_pylist(), "S64"), *shared.value)
+                steps = to_steps(to_matrix(rows["features"]), step)
                 for each in np.unique(fold).tolist():
-                    part = moments_of(features[fold == each])
-                    total[each] = merge(total[each], part) if each in total else part
-        for each, moments in total.items():
-            yield to_batch({"block": block, "fold": each}, moments, PARTIAL)
+                    part = sums_of(steps[fold == each])
+                    total[each] = add(total[each], part) if each in total else part
+        yield from to_batches(total, step)
 
-    return files.select("content").coalesce(n_blocks).mapInArrow(sum_files, PARTIAL)
+    return files.select("content").coalesce(files.sparkSession.sparkContext.defaultParallelism).mapInArrow(sum_some, SUMS)
 
 
 def look_up(wanted: np.ndarray, image_ids: np.ndarray, folds: np.ndarray) -> np.ndarray:
@@ -127,41 +122,56 @@ def look_up(wanted: np.ndarray, image_ids: np.ndarray, folds: np.ndarray) -> np.
     return folds[places]
 
 
-def merge_blocks(partial: DataFrame) -> DataFrame:
-    """MOMENTS, one row for each fold, its blocks merged in their order."""
+def add_up(sums: DataFrame) -> DataFrame:
+    """Make SUMS, one row for each fold, of the rows of all tasks."""
 
-    def merge_all(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        rows = (row for batch in batches for row in batch.to_pylist())
-        for fold, blocks in groupby(rows, key=lambda row: row["fold"]):
-            yield to_batch({"fold": fold}, functools.reduce(merge, map(from_row, blocks)), MOMENTS)
+    def add_all(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        total: dict[int, Sums] = {}
+        step = 0.0
+        for row in (row for batch in batches for row in batch.to_pylist()):
+            part = Sums(row["n"], np.frombuffer(row["sum"], "<i8"), np.frombuffer(row["products"], "<i8"))
+            fold, step = row["fold"], row["step"]
+            total[fold] = add(total[fold], part) if fold in total else part
+        yield from to_batches(total, step)
 
-    return partial.repartition(1).sortWithinPartitions("fold", "block").mapInArrow(merge_all, MOMENTS)
+    return sums.repartition(1).mapInArrow(add_all, SUMS)
 
 
-def moments_of(features: np.ndarray) -> Moments:
-    """Moments of the rows of a float32 array of shape (n, n_features), in float64.
+def to_steps(features: np.ndarray, step: float) -> np.ndarray:
+    """Give float32 features as whole numbers of steps, in float64.
 
     Raises
     ------
     ValueError
-        a feature is not a finite number
+        one is no whole number of them, or too large
     """
-    if not np.isfinite(features).all():
-        raise ValueError(f"{np.sum(~np.isfinite(features).all(axis=1))} of {len(features)} feature vectors are not finite")
-    wide = features.astype(np.float64)
-    mean = wide.mean(axis=0)
-    wide -= mean
-    return Moments(len(wide), mean, lower_triangle(wide.T @ wide))
+    steps = features / np.float64(step)
+    is_whole = (steps == np.rint(steps)) & (np.abs(steps) <= MOST)
+    if not is_whole.all():
+        raise ValueError(
+            f"{np.sum(~is_whole.all(axis=1)):,} of {len(steps):,} feature vectors are not -{MOST:,} to {MOST:,} times "
+            f"{step}, the step of backbone.json. Run `dvc repro`."
+        )
+    return steps
 
 
-def merge(a: Moments, b: Moments) -> Moments:
-    """Moments of the rows of both (Chan, Golub and LeVeque 1979, "Updating formulae", equation 2.1)."""
+def sums_of(steps: np.ndarray) -> Sums:
+    """Add up the rows of a float64 array of shape (n, n_features), n up to ROWS: no sum is rounded."""
+    return Sums(len(steps), steps.sum(axis=0).astype("<i8"), lower_triangle(steps.T @ steps).astype("<i8"))
+
+
+def add(a: Sums, b: Sums) -> Sums:
+    """Add up the rows of both.
+
+    Raises
+    ------
+    ValueError
+        they are so many that a sum might be beyond 64 bits
+    """
     n = a.n + b.n
-    shift = b.mean - a.mean
-    scatter = lower_triangle(np.outer(shift * (a.n * b.n / n), shift))
-    scatter += a.scatter
-    scatter += b.scatter
-    return Moments(n, a.mean + shift * (b.n / n), scatter)
+    if n > MOST_ROWS:
+        raise ValueError(f"{n:,} images in one fold; sums of 64 bits are exact up to {MOST_ROWS:,}")
+    return Sums(n, a.sum + b.sum, a.products + b.products)
 
 
 def lower_triangle(matrix: np.ndarray) -> np.ndarray:
@@ -169,35 +179,21 @@ def lower_triangle(matrix: np.ndarray) -> np.ndarray:
     return matrix[np.tri(len(matrix), dtype=bool)]
 
 
-def to_matrix(features: pa.ChunkedArray) -> np.ndarray:
+def to_matrix(features: pa.ListArray) -> np.ndarray:
     """Turn a column of lists of equal length into an array of shape (n_rows, length)."""
-    return features.combine_chunks().flatten().to_numpy().reshape(len(features), -1 if len(features) else 0)
+    return features.flatten().to_numpy().reshape(len(features), -1)
 
 
-def to_batch(keys: dict[str, int], moments: Moments, schema: T.StructType) -> pa.RecordBatch:
-    values = {**keys, "n": moments.n, "mean": moments.mean.tobytes(), "scatter": moments.scatter.tobytes()}
-    return pa.RecordBatch.from_pylist([values], schema=to_arrow_schema(schema))
-
-
-def from_row(row: dict[str, bytes]) -> Moments:
-    return Moments(int(row["n"]), np.frombuffer(row["mean"]), np.frombuffer(row["scatter"]))
+def to_batches(total: dict[int, Sums], step: float) -> Iterator[pa.RecordBatch]:
+    """Make a batch of SUMS of each fold: of 2,048 features, it is 17 MB."""
+    for fold, (n, sums, products) in total.items():
+        row = {"fold": fold, "n": n, "step": step, "sum": sums.tobytes(), "products": products.tobytes()}
+        yield pa.RecordBatch.from_pylist([row], schema=to_arrow_schema(SUMS))
 
 
 def parse(content: bytes | pa.Buffer, columns: Sequence[str]) -> pa.Table:
     """Read the columns of a Parquet file's content. Where a page is not as it was written, an OSError is raised."""
     return pq.read_table(pa.py_buffer(content), columns=columns, use_threads=False, page_checksum_verification=True)
-
-
-def between(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], Any]:
-    """Make a parser of numbers of that kind, from low to high, for argparse."""
-
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not low <= value <= high:  # false for NaN too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
-        return value
-
-    return number
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -206,8 +202,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("features")
     parser.add_argument("split")
+    parser.add_argument("backbone")
     parser.add_argument("output")
-    parser.add_argument("--max_blocks", type=between(int, 1, 4096), required=True, help="partial sums, at most")
     return parser.parse_args(argv)
 
 

@@ -30,7 +30,7 @@ import pandas as pd
 from dvc.api import DVCFileSystem
 from scipy.stats import binom
 
-from stages.analysis import Basis, open_table, read, rounded, to_matrix
+from stages.analysis import Basis, batches, read, rounded, to_frame, to_matrix
 
 IMAGES = ("image_id", "path", "label")
 VECTORS = ("features",)
@@ -40,19 +40,18 @@ COMPONENTS = ("component", "weights")
 LABELLING = ["image_id", "label"]
 RARE = 0.01  # share of the earlier images whose reconstruction error is unusual, and what chance may do to a delivery
 ROUNDING = 1e-9  # of a sum of squares
-ROWS = 4096  # of features, at once
 N_NAMED = 5  # names in a line, at most
 N_LISTED = 1000  # names in a list of OUTPUT, at most: git keeps it
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    images = read(args.features, IMAGES).to_pandas()
+    images = to_frame(read(args.features, IMAGES))
     suspects = pd.read_csv(Path(args.suspects, "suspects.csv"), usecols=list(SUSPECTS), dtype=str, keep_default_na=False)
     graph = graph_of(args.backbone)
     try:
         file_system = DVCFileSystem(".", rev=args.since)
-        earlier = read(args.features, IMAGES, file_system=file_system).to_pandas()
+        earlier = to_frame(read(args.features, IMAGES, file_system=file_system))
         is_comparable = graph_of(args.backbone, file_system) == graph
         basis = read_basis(f"{args.reduced}/model", file_system) if is_comparable else None
     except Exception as error:  # git's, DVC's or S3's
@@ -195,7 +194,7 @@ def labels_of(labellings: pd.DataFrame, images: pd.DataFrame) -> pd.Series:
 
 def with_remark(paths: pd.Series, remarks: pd.Series) -> pd.Series:
     """Put a remark after each path, by image_id, in the order of the remarks."""
-    return paths[remarks.index] + " (" + remarks + ")"
+    return paths[remarks.index].astype(object) + " (" + remarks.astype(object) + ")"
 
 
 def first(names: Sequence[str]) -> str:
@@ -264,7 +263,7 @@ def are_too_many(n_unusual: int, n_new: int) -> bool:
 def reconstruction_errors(features: str, basis: Basis) -> np.ndarray:
     """Measure what each row of FEATURES loses by projection on the components, squared: float64, (n_rows,)."""
     errors = []
-    for batch in open_table(features).to_batches(list(VECTORS), batch_size=ROWS):
+    for batch in batches(features, VECTORS):
         rows = to_matrix(batch["features"].flatten().to_numpy(), len(batch))
         scaled = (rows - basis.mean) / basis.scale
         whole = (scaled**2).sum(axis=1)

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
@@ -47,7 +48,6 @@ from stages.analysis import (
     Moments,
     between,
     count_confusions,
-    first_rows,
     fit_basis,
     held_out_error,
     in_both_folds,
@@ -59,16 +59,17 @@ from stages.analysis import (
     open_table,
     project,
     read,
-    read_moments,
+    read_sums,
+    read_vectors,
     recalls,
     resample,
     rounded,
-    to_matrix,
+    to_frame,
+    to_moments,
     train_and_test,
 )
 
 SPLIT = ("image_id", "label", "group", "fold")
-VECTORS = ("image_id", "features")
 LEAK = ("leak",)
 BASELINE = ("image_id", "path", "label", "group", "fold", *PREDICTED, "kind", "kind_nearest_neighbour")
 SPECTRUM = ("component", "explained_variance_ratio", "cumulative_explained_variance_ratio")
@@ -92,10 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     spectrum = read(f"{args.reduced}/model/spectrum", SPECTRUM).to_pandas()
     (settings,) = read(f"{args.reduced}/model/settings", SETTINGS).to_pylist()
     k, scale = settings["k"], settings["scale"]
-    images = read(f"{args.split}/images", SPLIT).to_pandas()
+    images = to_frame(read(f"{args.split}/images", SPLIT))
     check_groups(images, args.split)
     (leak,) = read(f"{args.split}/settings", LEAK)["leak"].to_pylist()
-    moments = read_moments(args.covariance)
+    moments = {fold: to_moments(sums) for fold, sums in read_sums(args.covariance).items()}
     sample, features = read_sample(args.baseline, args.features)
 
     def measure(fold: int, steps: tqdm) -> dict[str, Any] | None:
@@ -244,11 +245,7 @@ def confusion(predictions: pd.DataFrame) -> pd.DataFrame:
 def read_sample(baseline: str, features_folder: str) -> tuple[pd.DataFrame, np.ndarray]:
     """Read the rows of BASELINE, and their features, a float32 array of shape (n_images, n_features)."""
     sample = read(baseline, BASELINE).to_pandas()
-    # The sample is all images up to some SHA-256.
-    chosen = pc.field("image_id") <= (sample["image_id"].max() if len(sample) else "")
-    table = read(features_folder, VECTORS, chosen)
-    features = to_matrix(table["features"].combine_chunks().flatten().to_numpy(), len(table))
-    return sample, features[first_rows(table, sample["image_id"])]
+    return sample, read_vectors(features_folder, "features", pa.array(sample["image_id"], pa.string()))
 
 
 def read_points(reduced: str, n_images: int) -> pd.DataFrame:

@@ -2,15 +2,22 @@
 
 usage: featurize.py INGESTED BACKBONE OUTPUT --batch_size 8 --precision float32 --images_per_file 2048
 
-reads   INGESTED/images  IMAGES
-        BACKBONE         graph.pb and backbone.json
-writes  OUTPUT           FEATURES, sorted by image_id and path within a file
+reads   INGESTED/images      IMAGES
+        BACKBONE             graph.pb and backbone.json
+writes  OUTPUT               FEATURES, sorted by image_id and path within a file
+        OUTPUT/_fingerprint  the name of the cache that they come from
+
+Features are rounded to multiples of the step that backbone.json names, a power of two. They are 16-bit numbers of steps
+wherever they are kept or travel, and float32 in OUTPUT. Sums of them and of their products are exact, in any order.
 
 Features are kept for reuse in a cache (Spark setting spark.featurize.cache), under a fingerprint of all that determines
 them but the image. Only the images that are not there go through the backbone. Every task that ends leaves its features
 there, so that a run that is killed loses no more than the tasks that were running. Each row there has a checksum: a file of
 which one does not agree is named and deleted, and its features are computed again. A file that cannot be read is no such
 file: it ends the run.
+
+A folder may hold the output of an earlier run (Spark setting spark.featurize.earlier), on this machine. What the cache lacks
+is taken over from there, if its fingerprint is that of the cache.
 """
 
 import argparse
@@ -19,6 +26,7 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -27,8 +35,9 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import distributions
+from importlib.metadata import Distribution, distributions
 from itertools import islice
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -41,6 +50,7 @@ from pyspark import Accumulator, Broadcast, SparkConf, TaskContext
 from pyspark.sql import DataFrame, DataFrameReader, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql import types as T
+from pyspark.sql.pandas.types import to_arrow_schema
 
 IMAGES = T.StructType(
     [
@@ -54,11 +64,16 @@ IMAGES = T.StructType(
 )
 FEATURES = T.StructType(
     [
-        *IMAGES.fields[:4],
-        T.StructField("features", T.ArrayType(T.FloatType())),  # n_features of them
+        *IMAGES.fields[:5],
+        T.StructField("features", T.ArrayType(T.FloatType())),  # n_features of them, multiples of the step
     ]
 )
-COMPUTED = T.StructType([IMAGES["content_id"], FEATURES["features"]])
+COMPUTED = T.StructType(
+    [
+        IMAGES["content_id"],
+        T.StructField("features", T.BinaryType()),  # int16, little-endian: how many steps each of the n_features is
+    ]
+)
 CACHED = T.StructType([*COMPUTED.fields, T.StructField("checksum", T.LongType())])  # a row of the cache; see `checksum`
 # What was seen in the cache: an image of a sound file, or a file without images.
 SEEN = T.StructType(
@@ -69,7 +84,7 @@ SEEN = T.StructType(
     ]
 )
 PRECISIONS = ("float32", "bfloat16")
-LIBRARIES = ("pillow", "tensorflow", "tensorflow-cpu")  # that determine a feature
+LIBRARIES = ("pillow", "tensorflow")  # that determine a feature
 PIXELS = {  # the values that `to_pixels` knows, by key of backbone.json's "pixels"; it makes any width and height
     "orientation": ("upright",),  # turned as EXIF says
     "mode": ("RGB",),
@@ -78,6 +93,8 @@ PIXELS = {  # the values that `to_pixels` knows, by key of backbone.json's "pixe
     "resampling": tuple(each.name.lower() for each in Image.Resampling),
     "dtype": ("uint8",),
 }
+
+MOST = 32_767  # steps of a feature, either way
 
 # A killed run loses at most this work on each core: of ResNet50 5 s in bfloat16 by AMX, 25 s in float32. Smaller tasks cost
 # more: before each task Spark makes Python look for modules anew, which takes as long as several images.
@@ -111,9 +128,15 @@ def main(argv: list[str] | None = None) -> None:
     spark.conf.set("spark.sql.shuffle.partitions", max(n_files, spark.sparkContext.defaultParallelism))
 
     about = {"backbone": backbone, "batch_size": args.batch_size, "precision": args.precision}
-    cache = open_cache(spark, fingerprint(**about), about)
+    name = fingerprint(**about)
+    cache = open_cache(spark, name, about)
     missing = missing_ids(keys, heal(spark, cache, backbone["n_features"])).persist()
-    n_missing = missing.count()
+    n_missing, n_earlier = missing.count(), 0
+    if n_missing and (files := earlier_files(spark, name)):
+        earlier = take_over(spark, files, missing, backbone["step"], cache)
+        missing = missing_ids(missing, earlier).persist()
+        n_earlier = n_missing - missing.count()
+        n_missing -= n_earlier
     if n_missing:
         graph = read_bytes(spark, f"{args.backbone}/graph.pb")
         if hashlib.sha256(graph).hexdigest() != backbone["graph_sha256"]:
@@ -131,20 +154,29 @@ def main(argv: list[str] | None = None) -> None:
                 f"featurize: {passes.value:,} passes of the backbone for {n_missing:,} images; it must be one each."
             )
 
-    (
+    rows = (
         read_cache(spark, cache)
         .join(keys, "content_id")
         .select(*FEATURES.names)
         .repartition(n_files, "image_id")
         .dropDuplicates(["image_id", "path"])  # two runs at once may both have computed an image
         .sortWithinPartitions("image_id", "path")
-        .write.parquet(args.output)
     )
+    beyond = [spark.sparkContext.accumulator(0) for _ in ("features", "images")]
+    to_numbers(rows, backbone["step"], *beyond).write.parquet(args.output)
+    write_bytes(spark, f"{args.output}/_fingerprint", f"{name}\n".encode())
     n_written = spark.read.parquet(args.output).count()
     if n_written != n_images:
         raise SystemExit(f"featurize: features for {n_written:,} of {n_images:,} images; was {cache} emptied meanwhile?")
+    if beyond[0].value:
+        n_features, n_images_beyond = (each.value for each in beyond)
+        print(
+            f"featurize: {n_features:,} features of {n_images_beyond:,} images were beyond ±{MOST * backbone['step']:,g} "
+            "and were set to it"
+        )
     print(
         f"featurize: {n_images:,} images x {backbone['n_features']:,} features; {n_missing:,} passes of {backbone['name']}"
+        + (f", {n_earlier:,} images from an earlier run" if n_earlier else "")
     )
 
 
@@ -224,23 +256,40 @@ def forward(
                         f"finite in {precision}. In params.yaml, choose another featurize.precision or another backbone, or "
                         "leave the image out by ingest.leave_out."
                     )
-            checksums = [checksum(*row) for row in zip(ids, features, strict=True)]
-            yield pa.RecordBatch.from_arrays([pa.array(ids), as_lists(features), pa.array(checksums)], names=CACHED.names)
+            steps = [row.tobytes() for row in to_steps(features, backbone["step"])]
+            checksums = [checksum(*row) for row in zip(ids, steps, strict=True)]
+            yield pa.RecordBatch.from_arrays([pa.array(each) for each in (ids, steps, checksums)], names=CACHED.names)
 
     return images.mapInArrow(compute, CACHED)
 
 
-def as_lists(features: np.ndarray) -> pa.ListArray:
-    """Make a list of numbers of each row of an array of shape (n, n_features)."""
-    return pa.ListArray.from_arrays(np.arange(len(features) + 1, dtype=np.int32) * features.shape[1], features.ravel())
+def to_steps(features: np.ndarray, step: float) -> np.ndarray:
+    """Round features to whole steps, the nearest that 16 bits can hold: little-endian int16 of the same shape."""
+    return np.clip(np.rint(features / step), -32_767, 32_767).astype("<i2")
 
 
-def checksum(content_id: str, features: np.ndarray) -> int:
-    """Compute the CRC-32 of an image's name and of its features' bytes.
+def to_numbers(rows: DataFrame, step: float, n_beyond: Accumulator[int], n_images_beyond: Accumulator[int]) -> DataFrame:
+    """Make FEATURES of rows whose features are whole steps, and count those that 16 bits could not hold, if any.
 
-    Spark's own hashes take -0.0 for 0.0 and all NaN for one: they would not see these bits change.
+    Up to here they are bytes, which Spark moves as one value. It moves the numbers of a list one by one.
     """
-    return zlib.crc32(features.data, zlib.crc32(content_id.encode()))
+
+    def convert(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            steps = np.frombuffer(b"".join(batch["features"].to_pylist()), "<i2").reshape(batch.num_rows, -1)
+            is_beyond = np.abs(steps) == MOST
+            n_beyond.add(int(is_beyond.sum()))
+            n_images_beyond.add(int(is_beyond.any(axis=1).sum()))
+            values = steps.astype(np.float32).ravel() * np.float32(step)  # exact: step is a power of two
+            lists = pa.ListArray.from_arrays(np.arange(len(steps) + 1, dtype=np.int32) * steps.shape[1], values)
+            yield pa.RecordBatch.from_arrays([*batch.columns[:-1], lists], names=FEATURES.names)
+
+    return rows.mapInArrow(convert, FEATURES)
+
+
+def checksum(content_id: str, features: bytes) -> int:
+    """Compute the CRC-32 of an image's name and of its features' bytes."""
+    return zlib.crc32(features, zlib.crc32(content_id.encode()))
 
 
 def load(
@@ -284,14 +333,19 @@ def to_pixels(content: bytes, wanted: dict[str, Any]) -> np.ndarray:
 def fingerprint(backbone: dict[str, Any], batch_size: int, precision: str) -> str:
     """Name all that determines a feature except the image: the cache never mixes features that differ in it."""
     determines = {
-        "backbone": {key: backbone[key] for key in ("graph_sha256", "input", "output", "pixels")},
+        "backbone": {key: backbone[key] for key in ("graph_sha256", "input", "output", "pixels", "step")},
         "batch_size": batch_size,
         "precision": precision,
-        "code": [inspect.getsource(function) for function in (to_pixels, load, settings, checksum)],
+        "code": [inspect.getsource(function) for function in (to_pixels, load, settings, to_steps, checksum)],
         "layout": CACHED.simpleString(),
-        "versions": [f"{name} {each.version}" for name in LIBRARIES for each in distributions(name=name)],
+        "versions": sorted({f"{name} {each.version}" for name in LIBRARIES for each in packages_of(name)}),
     }
     return hashlib.sha256(json.dumps(determines, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def packages_of(library: str) -> Iterable[Distribution]:
+    """Find what is installed of a library. The same code comes as `tensorflow` and as `tensorflow-cpu`."""
+    return [*distributions(name=library), *distributions(name=f"{library}-cpu")]
 
 
 def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
@@ -303,11 +357,8 @@ def open_cache(spark: SparkSession, name: str, about: dict[str, Any]) -> str:
         nothing can be written there.
     """
     cache = f"{spark.conf.get('spark.featurize.cache')}/{name}"
-    note, file_system = hadoop_path(spark, f"{cache}/about.json")
     try:
-        stream = file_system.create(note, True)
-        stream.write(bytearray(json.dumps(about, indent=2).encode()))
-        stream.close()
+        write_bytes(spark, f"{cache}/about.json", json.dumps(about, indent=2).encode())
     except Py4JJavaError as error:
         reason = error.java_exception.getMessage()
         raise SystemExit(f"featurize: cannot write to the feature cache {cache}: {reason}. Set FEATURE_CACHE.") from None
@@ -391,12 +442,8 @@ def files_of(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[str, pa.Buffer
             yield url.as_py(), read
 
 
-def parse(content: pa.Buffer, n_features: int) -> tuple[list[str], np.ndarray]:
-    """Read a file of the cache.
-
-    Returns
-    -------
-    content_id of each row; features, float32 (n, n_features)
+def parse(content: pa.Buffer, n_features: int) -> tuple[list[str], list[bytes]]:
+    """Read the columns of COMPUTED of a file of the cache.
 
     Raises
     ------
@@ -404,15 +451,14 @@ def parse(content: pa.Buffer, n_features: int) -> tuple[list[str], np.ndarray]:
         the file is damaged, or is no such file
     """
     try:
-        table = pq.ParquetFile(pa.BufferReader(content)).read(CACHED.names, use_threads=False).combine_chunks()
-        ids, checksums = (table[name].to_pylist() for name in ("content_id", "checksum"))
-        features = np.asarray(table["features"].combine_chunks().flatten()).reshape(len(ids), n_features)
+        table = pq.ParquetFile(pa.BufferReader(content)).read(CACHED.names, use_threads=False)
+        ids, features, checksums = (table[name].to_pylist() for name in CACHED.names)
         agree = [checksum(*row) for row in zip(ids, features, strict=True)] == checksums
     except MemoryError:
         raise
     except Exception as error:  # pyarrow raises nearly any on damaged bytes
         raise ValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
-    if not (agree and features.dtype == np.float32):
+    if not (agree and {*map(len, features)} <= {2 * n_features}):
         raise ValueError("a row does not agree with its checksum")
     return ids, features
 
@@ -425,6 +471,63 @@ def append(computed: DataFrame, cache: str) -> None:
         # retry, which is no harm here.
         .option("mapreduce.fileoutputcommitter.algorithm.version", 2).parquet(f"{cache}/{uuid.uuid4().hex}")
     )
+
+
+def earlier_files(spark: SparkSession, name: str) -> list[str]:
+    """List the files of an earlier run's output; none if it has not that fingerprint, or if there is no such output."""
+    folder = Path(spark.conf.get("spark.featurize.earlier", None) or "/nowhere")
+    with suppress(OSError, ValueError):  # not there, or no text
+        if (folder / "_fingerprint").read_text() == f"{name}\n":
+            return sorted(map(str, folder.glob("*.parquet")))
+    return []
+
+
+def take_over(spark: SparkSession, files: list[str], missing: DataFrame, step: float, cache: str) -> DataFrame:
+    """Write to the cache what the files have of the missing images, and give CACHED of these.
+
+    A file that is damaged, or cannot be read, is named and passed over: its features are computed again.
+    """
+
+    def look(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for path in (path for batch in batches for path in batch["path"].to_pylist()):
+            try:
+                ids, steps = parse_output(path, step)
+            except ValueError as error:
+                columns = [[None], [None], [None], [f"{os.path.realpath(path)} is damaged ({error})"]]
+            else:
+                columns = [ids, steps, [checksum(*row) for row in zip(ids, steps, strict=True)], [None] * len(ids)]
+            yield pa.RecordBatch.from_pydict(dict(zip(seen.names, columns, strict=True)), schema=seen)
+
+    seen = pa.schema([*to_arrow_schema(CACHED), ("fault", pa.string())])
+    paths = spark.createDataFrame([(path,) for path in files], "path string").repartition(len(files))
+    rows = paths.mapInArrow(look, "content_id string, features binary, checksum long, fault string").persist()
+    for row in rows.where("fault IS NOT NULL").sort("fault").collect():
+        print(f"featurize: {row.fault}; its features are computed again", file=sys.stderr)
+    found = rows.drop("fault").join(missing, "content_id", "left_semi").dropDuplicates(["content_id"]).persist()
+    append(found, cache)
+    return found
+
+
+def parse_output(path: str, step: float) -> tuple[list[str], list[bytes]]:
+    """Read a file of FEATURES as columns of COMPUTED.
+
+    Raises
+    ------
+    ValueError
+        the file is damaged, or is no such file
+    """
+    try:
+        table = pq.read_table(path, columns=["content_id", "features"], use_threads=False, page_checksum_verification=True)
+        ids = table["content_id"].to_pylist()
+        features = table["features"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
+        steps = to_steps(features, step)
+    except MemoryError:
+        raise
+    except Exception as error:  # pyarrow raises nearly any on damaged bytes
+        raise ValueError(f"{type(error).__name__}: {error}".partition("\n")[0]) from error
+    if None in ids or not np.array_equal(steps * np.float32(step), features):
+        raise ValueError("a row is not as this stage writes it")
+    return ids, [row.tobytes() for row in steps]
 
 
 @contextmanager
@@ -454,6 +557,13 @@ def hadoop_path(spark: SparkSession, path: str) -> tuple[Any, Any]:
     return hadoop, hadoop.getFileSystem(spark._jsc.hadoopConfiguration())
 
 
+def write_bytes(spark: SparkSession, path: str, content: bytes) -> None:
+    file, file_system = hadoop_path(spark, path)
+    stream = file_system.create(file, True)
+    stream.write(bytearray(content))
+    stream.close()
+
+
 def read_bytes(spark: SparkSession, path: str) -> bytes:
     file: Any = spark.read.format("binaryFile").load(path).select("content").toPandas()
     return bytes(file.at[0, "content"])
@@ -479,7 +589,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("backbone")
     parser.add_argument("output")
     parser.add_argument("--batch_size", type=between(int, 1, 4096), required=True, help="images in one pass")
-    parser.add_argument("--precision", choices=PRECISIONS, required=True, help="of the arithmetic; features are float32")
+    parser.add_argument("--precision", choices=PRECISIONS, required=True, help="of the arithmetic")
     parser.add_argument(
         "--images_per_file", type=between(int, 1, 10_000_000), required=True, help="rows of an output file, about"
     )

@@ -3,7 +3,7 @@
 usage: reduce.py FEATURES COVARIANCE OUTPUT --k 64 --scale none
 
 reads   FEATURES    files of FEATURES
-        COVARIANCE  MOMENTS
+        COVARIANCE  SUMS
 writes  OUTPUT/model/components  COMPONENTS, k rows
         OUTPUT/model/scaling     SCALING, one row for each feature
         OUTPUT/model/spectrum    SPECTRUM, one row for each component there is
@@ -26,13 +26,14 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 from threadpoolctl import threadpool_limits
 
-MOMENTS = T.StructType(
+SUMS = T.StructType(
     [
         T.StructField("fold", T.IntegerType()),
         T.StructField("n", T.LongType()),
-        T.StructField("mean", T.BinaryType()),  # float64, little-endian, of shape (n_features,)
-        # Float64, little-endian: the lower triangle of a symmetric matrix of shape (n_features, n_features), row by row.
-        T.StructField("scatter", T.BinaryType()),
+        T.StructField("step", T.DoubleType()),  # the unit of what follows
+        T.StructField("sum", T.BinaryType()),  # int64, little-endian, of shape (n_features,)
+        # Int64, little-endian: the lower triangle of a symmetric matrix of shape (n_features, n_features), row by row.
+        T.StructField("products", T.BinaryType()),
     ]
 )
 FEATURES = T.StructType(
@@ -91,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     # As a file, and by Arrow: to take two matrices out of rows, one by one, takes Spark seconds more.
     files: pd.DataFrame = spark.read.format("binaryFile").load(f"{args.covariance}/*.parquet").select("content").toPandas()
-    tables = [parse(content, MOMENTS.names) for content in files["content"]]
-    n, mean, scatter = total_moments([row for table in tables for row in table.to_pylist()])
+    folds = [row for content in files["content"] for row in parse(content, SUMS.names).to_pylist()]
+    n, mean, scatter = moments_of(*total_sums(folds))
     with threadpool_limits(1):  # LAPACK's last bits depend on the number of its threads
         pca = fit(n, mean, scatter, args.scale)
     spectrum = spectrum_of(pca.explained_variance)
@@ -136,20 +137,38 @@ def project_files(files: DataFrame, mean: np.ndarray, scale: np.ndarray, compone
     return files.select("content").mapInArrow(project_all, EMBEDDINGS)
 
 
-def total_moments(folds: Sequence[Mapping[str, Any]]) -> tuple[int, np.ndarray, np.ndarray]:
-    """Add up the folds: number, mean (n_features,) and scatter matrix (n_features, n_features) of all of them."""
-    folds = sorted(folds, key=lambda row: row["fold"])
-    means = np.stack([np.frombuffer(row["mean"]) for row in folds])
-    counts = np.array([row["n"] for row in folds])
-    mean = np.average(means, axis=0, weights=counts)
-    shifts = (means - mean) * np.sqrt(counts)[:, None]
-    within = to_square(np.sum([np.frombuffer(row["scatter"]) for row in folds], axis=0), mean.size)
-    return int(counts.sum()), mean, within + shifts.T @ shifts
+def total_sums(folds: Sequence[Mapping[str, Any]]) -> tuple[int, float, np.ndarray, np.ndarray]:
+    """Add up rows of SUMS: n, step, sum (n_features,) and products (n_features, n_features) of all folds."""
+    total = np.sum([np.frombuffer(row["sum"], "<i8") for row in folds], axis=0)
+    triangle = np.sum([np.frombuffer(row["products"], "<i8") for row in folds], axis=0)
+    return sum(row["n"] for row in folds), folds[0]["step"], total, to_square(triangle, total.size)
+
+
+def moments_of(n: int, step: float, total: np.ndarray, products: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Compute number, mean and scatter matrix of n rows of whole numbers of steps from their sums.
+
+    The sums of products are large and nearly cancel, so they are moved near the mean while they are whole numbers. Their
+    bits above 64 are lost, and do not matter: the result has fewer. What is subtracted then is half of the rest at most.
+
+    Parameters
+    ----------
+    total : int64 array of shape (n_features,)
+    products : int64 array of shape (n_features, n_features), the sum of outer products
+
+    Returns
+    -------
+    n, and float64 arrays of shapes (n_features,) and (n_features, n_features)
+    """
+    centre = (2 * total + n) // (2 * n)  # the whole number nearest to the mean
+    rest = total - n * centre
+    centred = products - np.outer(centre, total) - np.outer(rest, centre)
+    offset = rest / n
+    return n, (centre + offset) * step, (centred - n * np.outer(offset, offset)) * step**2
 
 
 def to_square(triangle: np.ndarray, n: int) -> np.ndarray:
     """Make the symmetric matrix of shape (n, n) that has this lower triangle."""
-    square = np.zeros((n, n))
+    square = np.zeros((n, n), triangle.dtype)
     square[np.tri(n, dtype=bool)] = triangle
     return square + np.tril(square, -1).T
 

@@ -25,15 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from threadpoolctl import threadpool_limits
 
-from stages.analysis import between, read, write
+from stages.analysis import between, read, read_pairs, read_vectors, to_frame, write
 
-SKETCHES = ("image_id", "path", "label", "film", "sketch")
-NEIGHBOURS = ("image_id", "neighbours", "distances")
+FILES = ("image_id", "path", "label", "film")
 IMAGES = pa.schema(
     [
         ("image_id", pa.string()),
@@ -61,37 +59,29 @@ IMBALANCE = 0.2  # of a label: the difference of its two parts, as a share of it
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    rows = read(f"{args.neighbours}/sketches", SKETCHES).to_pandas().sort_values(["image_id", "path"], ignore_index=True)
+    rows = to_frame(read(f"{args.neighbours}/sketches", FILES).sort_by([("image_id", "ascending"), ("path", "ascending")]))
     is_first = ~rows["image_id"].duplicated()
     rows["image"] = is_first.cumsum() - 1
-    images = rows[is_first]
-    image_ids, is_named = images["image_id"].to_numpy(), images["film"].notna().to_numpy()
+    images = rows[is_first].reset_index(drop=True)
+    image_ids, is_named = images["image_id"], images["film"].notna().to_numpy()
     labels = images["label"].astype("category").cat.codes.to_numpy(np.int64)
-    sketches = np.frombuffer(b"".join(rows.pop("sketch")[is_first]), np.float32).reshape(len(images), -1)
-    pairs = read_pairs(f"{args.neighbours}/neighbours", image_ids)
+    pairs = read_pairs(f"{args.neighbours}/neighbours", pa.array(image_ids))
+    sketches = read_vectors(f"{args.neighbours}/sketches", "sketch", pa.array(image_ids))
     with threadpool_limits(1):  # the last bits of a result depend on the number of BLAS's threads
         usual, usual_within = usual_distances(sketches, labels, pairs)
         near, across = args.near * usual, min(args.near * usual, usual_within)
         near_pairs = choose_near(pairs, labels, is_named, near, across)
         links = [near_pairs, connect_labels(sketches, labels, is_named, pairs, near), connect_films(rows)]
+    del sketches
     groups = join(len(images), links)
-    folds = assign_folds(groups, image_ids, rows)
+    folds = assign_folds(groups, image_ids.to_numpy(), rows)
     leak = share_of_leaks(pairs, labels, folds, NEAR * usual)
 
     numbers = rows["image"].to_numpy()
-    write(rows.assign(group=image_ids[groups[numbers]], fold=folds[numbers]), IMAGES, f"{args.output}/images")
+    write(rows.assign(group=image_ids.take(groups[numbers]).array, fold=folds[numbers]), IMAGES, f"{args.output}/images")
     settings = pd.DataFrame([[usual, near, across, leak]], columns=SETTINGS.names)
     write(settings, SETTINGS, f"{args.output}/settings")
     print(f"split: {len(rows):,} images in {len(set(groups)):,} groups; {leak:.1%} of the images leak into the other fold")
-
-
-def read_pairs(folder: str, image_ids: np.ndarray) -> pd.DataFrame:
-    """Read a, b, distance: the numbers of each image and of each of its neighbours, those of an image by rising distance."""
-    table, known = read(folder, NEIGHBOURS), pa.array(image_ids)
-    own = pc.index_in(table["image_id"], known).to_numpy()
-    others = pc.index_in(pc.list_flatten(table["neighbours"]), known).to_numpy()
-    a = np.repeat(own, pc.list_value_length(table["neighbours"]).to_numpy())
-    return pd.DataFrame({"a": a, "b": others, "distance": pc.list_flatten(table["distances"]).to_numpy()})
 
 
 def usual_distances(sketches: np.ndarray, labels: np.ndarray, pairs: pd.DataFrame) -> tuple[float, float]:
@@ -105,11 +95,11 @@ def usual_distances(sketches: np.ndarray, labels: np.ndarray, pairs: pd.DataFram
     if not len(nearest):
         return USUAL_DISTANCE, 0.0
     sure = np.sort(nearest["a"])
-    others, labels = sketches[sure], labels[sure]
+    labels = np.where(np.isin(np.arange(len(labels)), sure), labels, -1)
     found = []
-    for block in blocks(np.arange(min(len(sure), N_QUERIES)), len(sure)):  # image_id is a hash: the first are like any
-        similarity = others[block] @ others.T
-        similarity[labels[block][:, None] == labels] = -np.inf
+    for block in blocks(sure[:N_QUERIES], len(labels)):  # image_id is a hash: the first are like any
+        similarity = sketches[block] @ sketches.T
+        similarity[(labels[block][:, None] == labels) | (labels == -1)] = -np.inf
         found.append(similarity.max(axis=1))
     usual = math.sqrt(max(0.0, 2 - 2 * float(np.median(np.concatenate(found)))))  # of unit vectors
     return min(usual, USUAL_DISTANCE), float(nearest["distance"].median())

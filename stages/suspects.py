@@ -45,10 +45,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from threadpoolctl import threadpool_limits
 
-from stages.analysis import between, read, rounded
+from stages.analysis import between, read, read_pairs, read_vectors, rounded, to_frame
 
-SKETCHES = ("image_id", "sketch")
-NEIGHBOURS = ("image_id", "neighbours", "distances")
 IMAGES = ("image_id", "path", "label", "group")
 SETTINGS = ("near_distance", "near_distance_across_labels")
 REVIEWED = ("path", "image_id", "reason", "note")  # path, reason and note may be missing or empty
@@ -70,6 +68,7 @@ class Photographs(NamedTuple):
     """Each image once under each of its labels, by image_id and label."""
 
     rows: pd.DataFrame  # image_id, path, label, group
+    images: np.ndarray  # int32, (n,): the number of the image, rising
     sketches: np.ndarray  # float32, (n, n_components), of unit length
     labels: np.ndarray  # int64, (n,): the number of the label
     groups: np.ndarray  # int64, (n,): the number of the group
@@ -79,13 +78,14 @@ class Photographs(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     reviewed = read_reviewed(args.reviewed)
-    files = read(f"{args.split}/images", IMAGES).to_pandas().sort_values(["image_id", "label", "path"], ignore_index=True)
+    order = [(column, "ascending") for column in ("image_id", "label", "path")]
+    files = to_frame(read(f"{args.split}/images", IMAGES).sort_by(order))
     settings = read(f"{args.split}/settings", SETTINGS).to_pandas().iloc[0]
-    photographs = to_photographs(files, read(f"{args.neighbours}/sketches", SKETCHES))
-    neighbours = read(f"{args.neighbours}/neighbours", NEIGHBOURS)
-    pairs, copies = to_pairs(neighbours, photographs)
-    n_neighbours = len(neighbours["neighbours"][0]) if len(neighbours) else 0  # the same for each
-    del neighbours  # half a gigabyte of a million images
+    photographs, images = to_photographs(files, f"{args.neighbours}/sketches")
+    links = read_pairs(f"{args.neighbours}/neighbours", images)
+    n_neighbours = len(links) // max(len(images), 1)  # the same for each
+    pairs, copies = to_pairs(links, photographs)
+    del links
     by_distance = find_outliers(photographs, pairs, args.outlier)
     own, by_label = find_labels(photographs, pairs, copies, n_neighbours, args.share)
     by_label = by_label[~by_label["photograph"].isin(by_distance["photograph"])]  # what is far tells no label
@@ -143,46 +143,51 @@ def read_reviewed(file: str) -> pd.DataFrame:
     return rows.reindex(columns=["path", "image_id"], fill_value="")
 
 
-def to_photographs(files: pd.DataFrame, sketches: pa.Table) -> Photographs:
+def to_photographs(files: pd.DataFrame, sketches: str) -> tuple[Photographs, pa.Array]:
+    """Make the photographs of files that are sorted by image_id and label, and the image_id of each image."""
     rows = files.drop_duplicates(["image_id", "label"], ignore_index=True)
-    where = pc.index_in(pa.array(rows["image_id"], pa.string()), sketches["image_id"].combine_chunks())
-    sketch = sketches["sketch"].take(where)
-    matrix = np.frombuffer(b"".join(sketch.to_pylist()), np.float32).reshape(len(rows), -1 if len(rows) else 0)
+    image_ids = pa.array(rows["image_id"].drop_duplicates(), pa.string())
+    images = pc.index_in(pa.array(rows["image_id"], pa.string()), image_ids).to_numpy()
     labels = rows["label"].astype("category").cat.codes.to_numpy(np.int64)
     groups = rows["group"].astype("category").cat.codes.to_numpy(np.int64)
     parts = np.unique(groups * (labels.max(initial=0) + 1) + labels, return_inverse=True)[1]
-    return Photographs(rows, matrix, labels, groups, parts)
+    matrix = read_vectors(sketches, "sketch", image_ids)
+    if len(rows) > len(image_ids):
+        matrix = matrix[images]
+    return Photographs(rows, images, matrix, labels, groups, parts), image_ids
 
 
-def to_pairs(neighbours: pa.Table, photographs: Photographs) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """List a, b, distance: each photograph with its neighbours, and with itself under other labels; by a, distance and b."""
-    ids = pa.array(photographs.rows["image_id"], pa.string())
-    images = pc.unique(ids)
-    numbers = pc.index_in(ids, images).to_numpy()
-    of_image = pd.Series(np.arange(len(numbers)), numbers)
-    lists = neighbours["neighbours"].combine_chunks()
-    links = pd.DataFrame(
-        {
-            "image": pc.index_in(neighbours["image_id"], images).to_numpy()[pc.list_parent_indices(lists).to_numpy()],
-            "other": pc.index_in(pc.list_flatten(lists), images).to_numpy(),
-            "distance": pc.list_flatten(neighbours["distances"].combine_chunks()).to_numpy(),
-        }
-    )
-    copied = of_image[of_image.index.duplicated(keep=False)]
-    copies = copied.rename("a").to_frame().join(copied.rename("b")).assign(distance=np.float32(0)).query("a != b")
-    pairs = links.join(of_image.rename("a"), on="image", how="inner").join(of_image.rename("b"), on="other", how="inner")
-    order = ["a", "distance", "b"]
-    pairs, copies = pairs[["a", "b", "distance"]], copies[["a", "b", "distance"]]
-    return pairs.sort_values(order, ignore_index=True), copies.sort_values(order, ignore_index=True)
+def to_pairs(links: pd.DataFrame, photographs: Photographs) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """List a, b, distance: each photograph with its neighbours, and with itself under other labels; by a, distance and b.
+
+    Parameters
+    ----------
+    links : a, b, distance: numbers of images
+    """
+    counts = np.bincount(photographs.images).astype(np.int32)
+    firsts = np.cumsum(counts, dtype=np.int32) - counts
+
+    def of_photographs(a: np.ndarray, b: np.ndarray, distances: np.ndarray) -> pd.DataFrame:
+        n_each = counts[a] * counts[b]
+        link = np.repeat(np.arange(len(a), dtype=np.int32), n_each)
+        place = np.arange(len(link), dtype=np.int32) - np.repeat(np.cumsum(n_each, dtype=np.int32) - n_each, n_each)
+        ahead, beside = np.divmod(place, counts[b][link])
+        pairs = pd.DataFrame({"a": firsts[a][link] + ahead, "b": firsts[b][link] + beside, "distance": distances[link]})
+        pairs = pairs[pairs["a"] != pairs["b"]]
+        return pairs.take(np.lexsort((pairs["b"], pairs["distance"], pairs["a"]))).reset_index(drop=True)
+
+    copied = np.flatnonzero(counts > 1)
+    copies = of_photographs(copied, copied, np.zeros(len(copied), np.float32))
+    return of_photographs(*(links[name].to_numpy() for name in ("a", "b", "distance"))), copies
 
 
 def is_reviewed(files: pd.DataFrame, reviewed: pd.DataFrame, photographs: Photographs, found: pd.DataFrame) -> np.ndarray:
     """Tell which of the suspects found a person found right: bool array of shape (n_found,)."""
-    is_file = pd.MultiIndex.from_frame(files[["path", "image_id"]]).isin(pd.MultiIndex.from_frame(reviewed))
-    is_image = files["image_id"].isin(reviewed["image_id"][reviewed["path"] == ""])
-    right = files[is_file | is_image][["image_id", "label"]].drop_duplicates()
-    keys = pd.MultiIndex.from_frame(photographs.rows[["image_id", "label"]])
-    is_right = keys.isin(pd.MultiIndex.from_frame(right))
+    some = files[files["image_id"].isin(reviewed["image_id"])].merge(reviewed, on="image_id", suffixes=("", "_reviewed"))
+    right = some[(some["path_reviewed"] == some["path"]) | (some["path_reviewed"] == "")]
+    rows = photographs.rows[["image_id", "label"]].reset_index(names="photograph")
+    rows = rows[rows["image_id"].isin(right["image_id"])].merge(right, on=["image_id", "label"])
+    is_right = np.isin(np.arange(len(photographs.rows)), rows["photograph"])
     of_group = np.isin(photographs.parts, photographs.parts[is_right])  # who finds one of a film right, finds the film right
     numbers = found["photograph"].to_numpy(np.int64)
     return np.where(found["reason"] == "group", of_group[numbers], is_right[numbers])
@@ -212,7 +217,7 @@ def find_labels(
     photographs: Photographs, pairs: pd.DataFrame, copies: pd.DataFrame, n_neighbours: int, share: float
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Count the neighbours that have the own label, (n,); find those whose neighbours nearly all have one other."""
-    rows, _, labels, _, _ = photographs
+    rows, labels = photographs.rows, photographs.labels
     n_labels = labels.max(initial=0) + 1
     keys, counts = np.unique(pairs["a"].to_numpy(np.int64) * n_labels + labels[pairs["b"]], return_counts=True)
     votes = pd.DataFrame({"a": keys // n_labels, "looks_like": keys % n_labels, "n": counts})
@@ -239,7 +244,7 @@ def find_conflicts(
     photographs: Photographs, links: pd.DataFrame, own: np.ndarray, across: float, known: pd.Series
 ) -> pd.DataFrame:
     """Find the less likely one of each two that are near-equal under two labels, where none of the two is known already."""
-    rows, _, labels, _, _ = photographs
+    rows, labels = photographs.rows, photographs.labels
     a, b = links["a"].to_numpy(), links["b"].to_numpy()
     is_conflict = (labels[a] != labels[b]) & (links["distance"].to_numpy() <= across)
     is_conflict &= ~(np.isin(a, known) | np.isin(b, known))
@@ -259,7 +264,7 @@ def find_conflicts(
 
 def find_groups(photographs: Photographs, share: float, margin: float, known: pd.Series) -> pd.DataFrame:
     """Find the groups that are nearer to one other label than to the rest of their own; each by its nearest image."""
-    rows, sketches, labels, groups, parts = photographs
+    rows, _, sketches, labels, groups, parts = photographs
     is_known = np.isin(np.arange(len(rows)), known)  # whose label is in doubt does not tell another's
     asked, seen = choose(photographs, is_known)
     looks_like, own, other = nearest_labels(photographs, asked, seen)
@@ -291,7 +296,7 @@ def choose(photographs: Photographs, is_known: np.ndarray) -> tuple[np.ndarray, 
 
     The SHA-256 chooses among the images of one group: they are sorted by it.
     """
-    _, _, labels, _, parts = photographs
+    labels, parts = photographs.labels, photographs.parts
     rank = pd.Series(parts).groupby(parts).cumcount().to_numpy()
     looked = np.flatnonzero(rank < N_LOOKED)
     sizes = np.bincount(parts)
@@ -317,7 +322,7 @@ def nearest_labels(
     -------
     that label's number, and the distances to the own label and to that one, (n_asked,) each; infinite where there is none
     """
-    _, sketches, labels, groups, _ = photographs
+    _, _, sketches, labels, groups, _ = photographs
     present, starts = np.unique(labels[seen], return_index=True)
     by_group = np.argsort(groups[seen], kind="stable")
     first, last = (np.searchsorted(groups[seen][by_group], groups[asked], side) for side in ("left", "right"))
@@ -375,7 +380,7 @@ def describe(found: pd.DataFrame, photographs: Photographs) -> pd.DataFrame:
 
 def weigh(photographs: Photographs, near: float) -> np.ndarray:
     """1 / (1 + the number of near-equal photographs) of each, (n,); of large groups the mean of about N_COUNTED."""
-    _, sketches, _, _, parts = photographs
+    sketches, parts = photographs.sketches, photographs.parts
     weights = np.ones(len(parts))
     threshold = np.float32(1 - near**2 / 2 - ROUNDING)
     by_part = np.argsort(parts, kind="stable")
@@ -384,8 +389,8 @@ def weigh(photographs: Photographs, near: float) -> np.ndarray:
     for stop, size in zip(stops[sizes > 1], sizes[sizes > 1], strict=True):
         members = by_part[stop - size : stop]
         some = members[:: math.ceil(size / N_COUNTED)]
-        blocks = np.array_split(some, math.ceil(len(some) / ROWS))
-        counts = np.concatenate([(sketches[block] @ sketches[members].T >= threshold).sum(axis=1) for block in blocks])
+        blocks, candidates = np.array_split(some, math.ceil(len(some) / ROWS)), sketches[members].T
+        counts = np.concatenate([(sketches[block] @ candidates >= threshold).sum(axis=1) for block in blocks])
         weights[members] = (1 / counts).mean()
         weights[some] = 1 / counts
     return weights

@@ -91,7 +91,7 @@ def make_images(n: int = 80, spread: float = 1.0, seed: int = 0) -> pd.DataFrame
     random = np.random.default_rng(seed)
     label = np.arange(n) % len(LABELS)
     centres = random.normal(size=(len(LABELS), N_FEATURES)) * 2
-    features = (centres[label] + random.normal(size=(n, N_FEATURES)) * spread * [3, 2, 1, 1, 0.5, 0.2]).astype(np.float32)
+    features = centres[label] + random.normal(size=(n, N_FEATURES)) * spread * [3, 2, 1, 1, 0.5, 0.2]
     pixels = np.clip(80 * label[:, None] + random.normal(size=(n, 768)) * 80 * spread, 0, 255).astype(np.uint8)
     return pd.DataFrame(
         {
@@ -100,7 +100,7 @@ def make_images(n: int = 80, spread: float = 1.0, seed: int = 0) -> pd.DataFrame
             "label": [LABELS[each] for each in label],
             "group": [f"film {i // 6}" for i in range(n)],
             "fold": np.arange(n) // 6 % 2,
-            "features": list(features),
+            "features": list(on_grid(features)),
             "thumbnail": [row.tobytes() for row in pixels],
         }
     )
@@ -110,6 +110,22 @@ def write(table: pd.DataFrame, folder: Path) -> None:
     folder.mkdir(parents=True)
     columns = {name: pa.array(table[name].tolist(), pa.int32() if name in INT32 else None) for name in table}
     pq.write_table(pa.table(columns), folder / "part-00000.parquet")
+
+
+STEP = 2.0**-10
+
+
+def on_grid(features: np.ndarray) -> np.ndarray:
+    """Round to multiples of STEP, as features are."""
+    return (np.rint(features / STEP) * STEP).astype(np.float32)
+
+
+def sums_of(features: np.ndarray, fold: int = 0) -> dict[str, Any]:
+    """A row of what the stage covariance writes, of features on the grid."""
+    steps = (features / STEP).astype(np.int64)
+    triangle = (steps.T @ steps)[np.tril_indices(steps.shape[1])]
+    columns = {"sum": steps.sum(axis=0), "products": triangle}
+    return {"fold": fold, "n": len(steps), "step": STEP} | {name: each.tobytes() for name, each in columns.items()}
 
 
 def moments_of(features: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
@@ -149,12 +165,9 @@ def write_inputs(
     reasons = ["hidden"] * n_ignored + ["not_in_share"] * n_not_in_share
     paths = [f"other/{i}" for i in range(len(reasons))]
     write(pd.DataFrame({"path": paths, "reason": reasons, "kind": reasons}, dtype=object), folder / "ingested" / "ignored")
-    moments = {fold: moments_of(np.stack(rows["features"])) for fold, rows in images.groupby("fold")}
-    lower = np.tril_indices(N_FEATURES)
-    rows = [(fold, n, mean.tobytes(), scatter[lower].tobytes()) for fold, (n, mean, scatter) in moments.items()]
-    write(pd.DataFrame(rows, columns=["fold", "n", "mean", "scatter"]), folder / "covariance")
-    whole = moments_of(np.stack(images["features"]))
-    pca = reduce.fit(*whole, scale)
+    sums = [sums_of(np.stack(rows["features"]), fold) for fold, rows in images.groupby("fold")]
+    write(pd.DataFrame(sums), folder / "covariance")
+    pca = reduce.fit(*moments_of(np.stack(images["features"])), scale)
     model = folder / "reduced" / "model"
     spectrum = reduce.spectrum_of(pca.explained_variance)
     write(spectrum, model / "spectrum")

@@ -24,7 +24,7 @@ PLACES = {
     "ingest": ["data/sample", "ingested"],
     "featurize": ["ingested", "data/backbone", "features"],
     "neighbours": ["features", "neighbours"],
-    "covariance": ["features", "data/split", "covariance"],
+    "covariance": ["features", "data/split", "data/backbone", "covariance"],
     "reduce": ["features", "covariance", "reduced"],
 }
 TOLERANCE = 1e-6
@@ -49,9 +49,8 @@ def run_stages(python: Path, output: Path) -> None:
     (output / "data").symlink_to(ROOT / "data")
     for stage in SPARK_STAGES:
         submit = [python, "-m", "bootstrap.submit", "spark-submit", ROOT / f"stages/{stage}.py"]
-        call(
-            *submit, *PLACES[stage], *flags(PARAMS[stage]), cwd=output, PYTHONPATH=str(ROOT), FEATURE_CACHE=f"{output}-cache"
-        )
+        words = [*PLACES[stage], *flags(PARAMS.get(stage, {}))]
+        call(*submit, *words, cwd=output, PYTHONPATH=str(ROOT), FEATURE_CACHE=f"{output}-cache")
 
 
 def compare(here: Path, there: Path) -> None:

@@ -1,17 +1,20 @@
 """Facts about what the stages share in stages/analysis.py; scikit-learn, and the stage reduce, are the oracles."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from stages import analysis, reduce
-from tests.helpers import LABELS, N_FEATURES, make_images, moments_of
+from tests.helpers import LABELS, N_FEATURES, make_images, moments_of, on_grid, sums_of
 
 
 def basis_of(features: np.ndarray, scale: str = "none", max_components: int = N_FEATURES) -> analysis.Basis:
@@ -103,6 +106,14 @@ def test_a_projection_is_that_of_the_stage_reduce() -> None:
     features = np.stack(make_images()["features"])
     basis = basis_of(features, "standard", 3)
     np.testing.assert_array_equal(analysis.project(features, basis), reduce.project(features, *basis))
+
+
+def test_sums_give_the_moments_that_they_give_in_the_stage_reduce(tmp_path: Path) -> None:
+    features = on_grid(np.stack(make_images()["features"]) + 20)
+    pq.write_table(pa.Table.from_pylist([sums_of(features, fold=1)]), tmp_path / "part-00000.parquet")
+    moments = analysis.to_moments(analysis.read_sums(str(tmp_path))[1])
+    for ours, theirs in zip(moments, reduce.moments_of(*reduce.total_sums([sums_of(features)])), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_triangle_makes_the_square_that_it_makes_in_the_stage_reduce() -> None:

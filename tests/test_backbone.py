@@ -384,6 +384,7 @@ def test_main_describes_the_graph_that_it_writes(written: Path) -> None:
         "input": "pixels:0",
         "output": "features:0",
         "n_features": features_of(graph, random_pixels(2, 32)).shape[1],
+        "step": 2.0**-10,
         "pixels": {
             "orientation": "upright",
             "mode": "RGB",
@@ -395,6 +396,35 @@ def test_main_describes_the_graph_that_it_writes(written: Path) -> None:
             "dtype": "uint8",
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("size", "exponent"), [(1.0, -8), (1.4, -8), (1.42, -7), (0.72, -8), (0.7, -9), (1000.0, 2), (1e-6, -28)], ids=str
+)
+def test_the_step_is_the_power_of_two_that_gives_features_of_usual_size_8_bits(size: float, exponent: int) -> None:
+    features = np.array([[0, size], [-size, np.sqrt(2) * size]], np.float32)  # the root of the mean square is the size
+    assert backbone.step_of(features, "a network") == 2.0**exponent
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf], ids=str)
+def test_a_network_whose_features_tell_nothing_ends_the_stage(value: float) -> None:
+    with pytest.raises(SystemExit, match=rf"root mean square of {value}, so a network tells nothing about an image"):
+        backbone.step_of(np.full((4, 3), value, np.float32), "a network")
+
+
+def test_the_features_of_the_probe_are_about_as_large_as_those_of_photographs(lite0_graph: bytes) -> None:
+    photographs = [Image.fromarray(load_sample_image(name)).resize((64, 64)) for name in ("china.jpg", "flower.jpg")]
+    steps = [
+        backbone.step_of(features_of(lite0_graph, pixels), backbone.LITE0)
+        for pixels in (np.stack([np.asarray(each) for each in photographs]), backbone.probe(64))
+    ]
+    assert 0.5 <= steps[0] / steps[1] <= 2
+
+
+def test_the_probe_is_the_same_everywhere() -> None:
+    assert hashlib.sha256(backbone.probe(224).tobytes()).hexdigest() == (
+        "7686fa81773f88bda4ee8e3a47748497eb504903eea72605908f903b38a9221a"
+    )
 
 
 def test_featurize_knows_the_pixels_that_main_describes(written: Path) -> None:

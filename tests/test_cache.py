@@ -51,11 +51,12 @@ def test_a_cache_elsewhere_is_refused(flags: list[str]) -> None:
         cache.main([*flags, "s3://bucket/cache"])
 
 
-def test_to_clear_deletes_features_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_to_clear_deletes_features_and_looks_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, about in (("a1", {"backbone": {}}), ("letters", {"author": "somebody"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "about.json").write_text(json.dumps(about))
     (tmp_path / "thesis.txt").touch()
+    (tmp_path / "ingest-a1.sqlite").touch()
     cache.main(["--clear", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letters", "thesis.txt"]
     assert capsys.readouterr().out == f"cache: 1 kinds of features are deleted from {tmp_path}\n"

@@ -14,7 +14,8 @@ from sklearn.preprocessing import normalize
 from tqdm import tqdm
 
 from stages import classify
-from tests.helpers import make_images, moments_of, run_classify, spaces, split, write_inputs
+from stages.analysis import read_sums
+from tests.helpers import make_images, run_classify, spaces, split, sums_of, write, write_inputs
 
 K = 3
 
@@ -311,38 +312,39 @@ def test_nothing_that_is_said_of_an_unknown_label_depends_on_its_training_images
             + ["--exemplars", "2", "--shrinkage", "0.2", "--keep", "0.9", "--max_images", "1000"]
         )
         rows = classify.read_images(args.split)
-        moments = classify.read_moments(args.covariance)
-        whole = classify.score_fold(rows, args, moments, test_fold=1, k=K, scale="none", steps=tqdm(disable=True))
+        sums = classify.read_sums(args.covariance)
+        vectors = np.stack(images.set_index("image_id")["features"][rows["image_id"]])
+        whole = classify.score_fold(rows, vectors, len(rows), args, sums, 1, K, "none", tqdm(disable=True))
         assert whole is not None
         found.append(whole.left_out[0])
     for one, other in zip(*map(np.asarray, found), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-9)
 
 
-def test_moments_without_some_rows_are_those_of_the_others() -> None:
-    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
-    rest = classify.without(*(classify.Moments(*moments_of(each)) for each in (rows, rows[:20])))
-    n, mean, scatter = moments_of(rows[20:])
-    assert rest.n == n
-    np.testing.assert_allclose(rest.mean, mean, rtol=1e-9)
-    np.testing.assert_allclose(rest.scatter, scatter, rtol=1e-9)
+def test_sums_of_parts_are_those_of_all_their_rows_to_the_bit(images: pd.DataFrame, folder: Path) -> None:
+    features, step = np.stack(images["features"]), sums_of(np.stack(images["features"]))["step"]
+    found = classify.add_up([classify.sum_up(features[:20], step), classify.sum_up(features[20:], step)])
+    write(pd.DataFrame([sums_of(features)]), folder / "sums")
+    (expected,) = read_sums(str(folder / "sums")).values()
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-def test_a_feature_that_is_constant_without_some_rows_has_no_scatter() -> None:
-    rows = np.random.default_rng(0).normal(3, 2, (50, 4))
-    rows[20:, 1] = 0.1
-    rest = classify.without(*(classify.Moments(*moments_of(each)) for each in (rows, rows[:20])))
-    assert not rest.scatter[1].any()
-    assert not rest.scatter[:, 1].any()
+def test_of_a_large_collection_about_so_many_images_are_learnt_from_as_are_held(
+    images: pd.DataFrame, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learnt: list[int] = []
+    fit = classify.fit
 
+    def fit_and_note(embedding: np.ndarray, *settings: Any) -> classify.Head:
+        learnt.append(len(embedding))
+        return fit(embedding, *settings)
 
-def test_moments_are_measured_of_the_images_asked_for(images: pd.DataFrame, folder: Path) -> None:
-    chosen = images[images["label"] == "cherry"]
-    found = classify.measure_moments(str(folder / "features"), chosen["image_id"])
-    n, mean, scatter = moments_of(np.stack(chosen["features"]))
-    assert found.n == n
-    np.testing.assert_allclose(found.mean, mean, rtol=1e-6)
-    np.testing.assert_allclose(found.scatter, scatter, rtol=1e-6)
+    monkeypatch.setattr(classify, "fit", fit_and_note)
+    monkeypatch.setattr(classify, "N_LEARNT", len(images) // 2)
+    run_classify(folder, "learnt", max_images=40)
+    assert max(learnt[:-1]) == pytest.approx(len(images) // 4, rel=0.4)  # those of one fold
+    assert learnt[-1] == len(images), "what ships is fitted on all"
 
 
 def test_a_label_that_is_left_out_has_no_exemplar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,41 +16,50 @@ from tests.helpers import PARAMS, PIPELINE, ROOT, SPARK_STAGES
 
 LOCK = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
 STAGES = sorted({*PIPELINE} - {"runtime"})  # which describes a run, and is no file of stages/
+WITH_PARAMETERS = [stage for stage in STAGES if stage in PARAMS]
 
 
 def command(stage: str) -> list[str]:
-    """The words of a stage's command, from the name of its file on, with its section of params.yaml as one word."""
+    """The words of a stage's command, from the name of its file on, with its section of params.yaml, if any, as one word."""
     words = shlex.split(PIPELINE[stage]["cmd"])
     return ["${images}" if word == "@images" else word for word in words[words.index(f"stages/{stage}.py") :]]
+
+
+def places_of(stage: str) -> list[str]:
+    return [word for word in command(stage)[1:] if word != f"${{{stage}}}"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_takes_its_section_and_nothing_else(stage: str) -> None:
     module = importlib.import_module(f"stages.{stage}")
-    _, *places, _ = command(stage)
-    args = vars(module.parse_args(places + flags(PARAMS[stage])))
-    n_places = len(args) - len(PARAMS[stage])
-    assert (set(PARAMS[stage]) <= set(args), n_places) == (True, len(places))
+    places, section = places_of(stage), PARAMS.get(stage, {})
+    args = vars(module.parse_args(places + flags(section)))
+    assert (set(section) <= set(args), len(args) - len(section)) == (True, len(places))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", WITH_PARAMETERS)
 def test_no_flag_has_a_default(stage: str) -> None:
     module = importlib.import_module(f"stages.{stage}")
-    _, *places, _ = command(stage)
+    places = places_of(stage)
     for key in (key for key, value in PARAMS[stage].items() if value != []):  # of an empty list, DVC makes no flag
         others = {name: value for name, value in PARAMS[stage].items() if name != key}
         with pytest.raises(SystemExit):
             module.parse_args(places + flags(others))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", WITH_PARAMETERS)
 def test_the_command_ends_with_the_section_of_the_stage(stage: str) -> None:
     assert (command(stage)[-1], PIPELINE[stage]["params"]) == (f"${{{stage}}}", [stage])
 
 
+def test_a_stage_without_a_section_takes_no_parameter() -> None:
+    stages = {*STAGES} - {*WITH_PARAMETERS}
+    assert (stages, [stage for stage in stages if "params" in PIPELINE[stage]]) == ({"covariance"}, [])
+
+
 @pytest.mark.parametrize("stage", sorted({*STAGES} - {"drift"}))
 def test_places_are_deps_and_the_last_is_the_out(stage: str) -> None:
-    file, *inputs, output, _ = command(stage)
+    file, (*inputs, output) = command(stage)[0], places_of(stage)
     shared = own_imports(ROOT / file)
     assert (sorted(PIPELINE[stage]["deps"]), PIPELINE[stage]["outs"]) == (sorted([file, *inputs, *shared]), [output])
 
@@ -104,7 +113,7 @@ def test_the_record_of_a_run_depends_on_all_that_can_change() -> None:
     # So that it runs last in each run that computes anything, or takes anything from the cache.
     outs = {out for stage in STAGES for out in PIPELINE[stage].get("outs", [])} - {"data/sample"}
     assert {*PIPELINE["runtime"]["deps"]} == {"stages", *outs}
-    assert PIPELINE["runtime"]["params"] == ["images", *(stage for stage in PIPELINE if stage != "runtime")]
+    assert PIPELINE["runtime"]["params"] == ["images", *(stage for stage in PIPELINE if stage in PARAMS)]
 
 
 def test_no_parameter_is_null() -> None:
@@ -121,5 +130,6 @@ def test_the_lock_has_no_stage_that_describes_a_run() -> None:
 def test_the_lock_is_of_this_code_and_these_parameters(stage: str) -> None:
     # A change of a stage goes with the dvc.lock that it leads to.
     code = {dep["path"]: dep["md5"] for dep in LOCK[stage]["deps"]}[f"stages/{stage}.py"]
-    parameters = LOCK[stage]["params"]["params.yaml"][stage]
-    assert (code, parameters) == (hashlib.md5(Path(ROOT, "stages", f"{stage}.py").read_bytes()).hexdigest(), PARAMS[stage])
+    parameters = LOCK[stage].get("params", {}).get("params.yaml", {}).get(stage)
+    now = hashlib.md5(Path(ROOT, "stages", f"{stage}.py").read_bytes()).hexdigest(), PARAMS.get(stage)
+    assert (code, parameters) == now

@@ -67,6 +67,13 @@ def test_numpy_and_blas_take_the_code_of_haswell() -> None:
     assert done.stdout == "{'Haswell'} False True\n", done.stderr
 
 
+def test_tensorflow_does_not_import_keras() -> None:
+    program = "import sys, tensorflow; print(sorted({'keras', 'tf_keras', 'sklearn'} & sys.modules.keys()))"
+    environment = python_environment(os.environ)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_text_is_utf_8_in_any_locale() -> None:
     assert python_environment({"LC_ALL": "fr_FR.ISO-8859-1", "PYTHONUTF8": "0"})["PYTHONUTF8"] == "1"
 

@@ -567,7 +567,7 @@ def test_k_is_no_more_than_the_rank_of_the_training_fold(tmp_path: Path) -> None
 
 def test_a_constant_feature_does_no_harm(tmp_path: Path) -> None:
     images = make_images()
-    images["features"] = [np.where(np.arange(N_FEATURES) == 2, np.float32(0.1), each) for each in images["features"]]
+    images["features"] = [np.where(np.arange(N_FEATURES) == 2, np.float32(0.125), each) for each in images["features"]]
     metrics = run_evaluate(write_inputs(tmp_path, images, 3, "standard"), tmp_path / "report")
     assert 0 < metrics["variance"]["held_out_error"] < 1
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ from tests.helpers import PARAMS
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 8  # of the backbone's input, pixels
 N_FEATURES = 3
+STEP = 2.0**-6  # means of 64 whole numbers are whole multiples of it
 PIXELS = {
     "orientation": "upright",
     "mode": "RGB",
@@ -44,7 +46,7 @@ PIXELS = {
     "resampling": "bicubic",
     "dtype": "uint8",
 }
-BACKBONE = {"input": "pixels:0", "output": "features:0", "n_features": N_FEATURES, "pixels": PIXELS}
+BACKBONE = {"input": "pixels:0", "output": "features:0", "n_features": N_FEATURES, "step": STEP, "pixels": PIXELS}
 
 ImageBytes = Callable[..., bytes]
 
@@ -200,13 +202,17 @@ def test_half_precision_is_that_of_the_device(precision: str, gpus: list[str], e
 # Features
 
 
+def to_numbers(steps: bytes) -> list[float]:
+    return (np.frombuffer(steps, "<i2") * STEP).tolist()
+
+
 def compute(spark: SparkSession, images: DataFrame, graph: bytes, batch_size: int = 4) -> tuple[dict[str, list[float]], int]:
     """Compute the features by content_id, and count the passes."""
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", batch_size)  # as main does
     passes = spark.sparkContext.accumulator(0)
     network = spark.sparkContext.broadcast({"graph": graph})
     rows = featurize.forward(images, network, BACKBONE, batch_size, "float32", passes).collect()
-    features = {row.content_id: row.features for row in rows}
+    features = {row.content_id: to_numbers(row.features) for row in rows}
     assert len(features) == len(rows)
     return features, passes.value
 
@@ -265,6 +271,35 @@ def test_features_are_float32(spark: SparkSession, graph: bytes, contents: list[
     assert (features.dtype, features.shape) == (np.float32, (2, N_FEATURES))
 
 
+@pytest.mark.parametrize(
+    ("feature", "steps"),
+    [(0.0, 0), (0.3, 0), (0.7, 1), (-0.7, -1), (32_767.4, 32_767), (32_768.0, 32_767), (-1e9, -32_767), (3e38, 32_767)],
+)
+def test_a_feature_is_rounded_to_the_nearest_step_that_16_bits_hold(feature: float, steps: int) -> None:
+    found = featurize.to_steps(np.array([[feature]], np.float32) * np.float32(STEP), STEP)
+    assert (found.tolist(), found.dtype.str) == ([[steps]], "<i2")
+
+
+def to_lists(spark: SparkSession, steps: list[list[int]]) -> tuple[list[list[float]], list[int]]:
+    """Make the numbers that people read, and count the features and images beyond what 16 bits hold."""
+    rows = [(f"{i:02}", f"Apple/{i}.jpg", "Apple", None, "c", np.array(row, "<i2").tobytes()) for i, row in enumerate(steps)]
+    schema = "image_id string, path string, label string, film string, content_id string, features binary"
+    beyond = [spark.sparkContext.accumulator(0) for _ in range(2)]
+    table = featurize.to_numbers(spark.createDataFrame(rows, schema), STEP, *beyond)
+    assert table.schema == featurize.FEATURES
+    return [row.features for row in sorted(table.collect())], [each.value for each in beyond]
+
+
+def test_numbers_are_the_steps_times_their_size(spark: SparkSession) -> None:
+    steps = np.random.default_rng(0).integers(-32_766, 32_767, (50, N_FEATURES))
+    assert to_lists(spark, steps.tolist()) == ((steps * STEP).tolist(), [0, 0])
+
+
+def test_features_beyond_what_16_bits_hold_are_counted_with_their_images(spark: SparkSession) -> None:
+    _, beyond = to_lists(spark, [[32_767, -32_767, 0], [0, 1, 2], [32_766, 0, 32_767]])
+    assert beyond == [3, 2]
+
+
 # Work
 
 
@@ -286,7 +321,7 @@ def test_tasks_are_as_many_as_cores_or_a_multiple(
 
 def test_only_what_is_not_computed_is_missing_and_only_once(spark: SparkSession) -> None:
     images = spark.createDataFrame([("a",), ("b",), ("b",), ("c",), ("c",)], "content_id string")
-    computed = spark.createDataFrame([("a", [1.0]), ("a", [1.0]), ("c", [3.0]), ("z", [9.0])], featurize.COMPUTED)
+    computed = spark.createDataFrame([(each, b"1") for each in "aacz"], featurize.COMPUTED)
     assert [row.content_id for row in featurize.missing_ids(images, computed).collect()] == ["b"]
 
 
@@ -308,6 +343,7 @@ def fingerprint(batch_size: int = 8, precision: str = "float32", **change: objec
         {"output": "others:0"},
         {"batch_size": 9},
         {"precision": "bfloat16"},
+        {"step": STEP / 2},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -327,6 +363,20 @@ def test_the_caches_name_is_the_same_in_another_process() -> None:
     assert done.stdout.strip() == fingerprint()
 
 
+def test_the_package_that_brings_tensorflow_does_not_change_the_caches_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for packages in (
+        {"pillow", "tensorflow"},
+        {"pillow", "tensorflow-cpu"},
+        {"pillow", "tensorflow", "tensorflow-cpu"},
+        {"pillow"},
+    ):
+        versions = {name: [types.SimpleNamespace(version="2.21.0")] for name in packages}
+        monkeypatch.setattr(featurize, "distributions", lambda name, versions=versions: versions.get(name, []))
+        found.append(fingerprint())
+    assert found[0] == found[1] == found[2] != found[3]
+
+
 def test_what_the_backbone_is_called_does_not_change_the_caches_name() -> None:
     assert fingerprint(name="other") == fingerprint()
 
@@ -342,9 +392,12 @@ def open_cache(spark: SparkSession, folder: Path) -> Path:
     return Path(featurize.open_cache(spark, "name", ABOUT))
 
 
+def steps_of(content_id: str) -> bytes:
+    return np.array([320, 0, ord(content_id[-1])], "<i2").tobytes()
+
+
 def computed(spark: SparkSession, ids: Iterable[str]) -> DataFrame:
-    features = [[1.0, 0.0, float(ord(each[-1]))] for each in ids]
-    rows = [(*row, featurize.checksum(row[0], np.array(row[1], np.float32))) for row in zip(ids, features, strict=True)]
+    rows = [(each, steps := steps_of(each), featurize.checksum(each, steps)) for each in ids]
     return spark.createDataFrame(rows, featurize.CACHED).coalesce(1)
 
 
@@ -369,7 +422,7 @@ def test_what_is_appended_is_read_with_what_was_there(spark: SparkSession, tmp_p
     for ids in ("ab", "c"):
         featurize.append(computed(spark, ids), str(cache))
     read = featurize.read_cache(spark, str(cache)).orderBy("content_id").collect()
-    assert [(row.content_id, row.features) for row in read] == [(each, [1.0, 0.0, float(ord(each))]) for each in "abc"]
+    assert [(row.content_id, bytes(row.features)) for row in read] == [(each, steps_of(each)) for each in "abc"]
 
 
 def test_a_cache_that_cannot_be_made_ends_the_run(spark: SparkSession) -> None:
@@ -383,42 +436,32 @@ def test_a_file_in_the_place_of_the_cache_ends_the_run(spark: SparkSession, tmp_
         open_cache(spark, tmp_path / "file")
 
 
-def table_of(ids: list[str | None], features: pa.Array, checksums: list[int] | None = None) -> pa.Table:
-    return pa.table({"content_id": ids, "features": features, "checksum": checksums or [0] * len(ids)})
+def write_row(file: Path, content_id: str | None, features: pa.Array, checksum: int = 0) -> None:
+    pq.write_table(pa.table({"content_id": [content_id], "features": features, "checksum": [checksum]}), file)
 
 
-def replace(file: Path, old: bytes, new: bytes) -> None:
-    assert old in file.read_bytes()
-    file.write_bytes(file.read_bytes().replace(old, new, 1))
+def flip(file: Path) -> None:
+    assert b"\x40\x01\0\0" in file.read_bytes()  # 320 and 0
+    file.write_bytes(file.read_bytes().replace(b"\x40\x01\0\0", b"\x41\x01\0\0", 1))
 
 
 def swap(file: Path) -> None:
     table = pq.read_table(file)
-    pq.write_table(
-        table.set_column(1, table.field(1), pa.chunked_array([table["features"].to_pylist()[::-1]], FLOAT32)), file
-    )
+    pq.write_table(table.set_column(1, table.field(1), pa.chunked_array([table["features"].to_pylist()[::-1]])), file)
 
 
-FLOAT32 = pa.list_(pa.field("element", pa.float32()))
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "truncated": lambda file: file.write_bytes(file.read_bytes()[:-30]),
     "garbage": lambda file: file.write_bytes(b"garbage" * 50),
     "without_a_byte": lambda file: file.write_bytes(b""),
-    "a_bit_flipped": lambda file: replace(file, b"\x00\x00\x80\x3f", b"\x00\x00\x80\x3e"),
-    "a_sign_flipped": lambda file: replace(file, b"\x80\x3f\0\0\0\0", b"\x80\x3f\0\0\0\x80"),  # 0.0 is now -0.0
-    "not_a_number": lambda file: replace(file, b"\x00\x00\x80\x3f", b"\x00\x00\xc0\x7f"),
+    "a_bit_flipped": flip,
     "vectors_swapped": swap,
-    "features_are_text": lambda file: pq.write_table(table_of(["x"], pa.array(["1 2 3"])), file),
-    "features_are_float64": lambda file: pq.write_table(
-        table_of(["x"], pa.array([[1.0, 2.0, 3.0]]), [featurize.checksum("x", np.array([1.0, 2.0, 3.0]))]), file
-    ),
-    "features_are_missing": lambda file: pq.write_table(table_of(["x"], pa.array([None], FLOAT32)), file),
-    "a_feature_is_missing": lambda file: pq.write_table(table_of(["x"], pa.array([[1.0, None, 3.0]], FLOAT32)), file),
-    "an_image_has_no_name": lambda file: pq.write_table(table_of([None], pa.array([[1.0, 2.0, 3.0]], FLOAT32)), file),
+    "features_are_text": lambda file: write_row(file, "x", pa.array(["1 2 3"])),
+    "features_are_numbers": lambda file: write_row(file, "x", pa.array([[1, 2, 3]], pa.list_(pa.int16()))),
+    "features_are_missing": lambda file: write_row(file, "x", pa.array([None], pa.binary())),
+    "an_image_has_no_name": lambda file: write_row(file, None, pa.array([b"123456"])),
     "other_columns": lambda file: pq.write_table(pa.table({"id": [1]}), file),
-    "other_n_features": lambda file: pq.write_table(
-        table_of(["x"], pa.array([[1.0, 2.0]], FLOAT32), [featurize.checksum("x", np.array([1.0, 2.0], np.float32))]), file
-    ),
+    "other_n_features": lambda file: write_row(file, "x", pa.array([b"1234"]), featurize.checksum("x", b"1234")),
 }
 
 
@@ -469,7 +512,7 @@ def test_whatever_bit_flips_a_file_has_its_own_rows_or_is_damaged(seed: int, spa
 
     def rows(content: bytes) -> set[tuple[str, bytes]]:
         ids, features = featurize.parse(pa.py_buffer(content), N_FEATURES)
-        return {(content_id, row.tobytes()) for content_id, row in zip(ids, features, strict=True)}
+        return {*zip(ids, features, strict=True)}
 
     n_damaged, expected = 0, rows(sound)
     for i, bit in enumerate(np.random.default_rng(seed).integers(0, 8, len(sound))):
@@ -505,7 +548,7 @@ def test_a_damaged_file_that_another_run_deletes_at_the_same_time_is_passed_over
     assert rows.collect() == []
 
 
-@pytest.mark.parametrize("harm", ["garbage", "a_bit_flipped", "a_sign_flipped"])
+@pytest.mark.parametrize("harm", ["garbage", "a_bit_flipped"])
 def test_a_file_that_is_damaged_after_it_was_seen_to_be_sound_ends_the_stage_and_is_named(
     harm: str, spark: SparkSession, tmp_path: Path
 ) -> None:
@@ -525,6 +568,91 @@ def test_a_sound_file_is_read_though_hadoops_checksum_is_damaged(spark: SparkSes
     crc.write_bytes(crc.read_bytes()[:-1] + bytes([crc.read_bytes()[-1] ^ 1]))
     assert featurize.heal(spark, str(cache), N_FEATURES).count() == 3
     assert ids_in(spark, cache) == "abc"
+
+
+# The output of an earlier run
+
+
+def write_earlier(folder: Path, *files: str, name: str = "name") -> list[Path]:
+    """Write an earlier output: each file has the images of those letters."""
+    folder.mkdir(exist_ok=True)
+    (folder / "_fingerprint").write_text(f"{name}\n")
+    parts = [folder / f"part-{number:05}.parquet" for number in range(len(files))]
+    for part, ids in zip(parts, files, strict=True):
+        features = pa.array([to_numbers(steps_of(each)) for each in ids], pa.list_(pa.float32()))
+        table = pa.table({"image_id": [*ids], "content_id": [*ids], "features": features})
+        pq.write_table(table, part, use_dictionary=False, write_statistics=False, write_page_checksum=True)
+    return parts
+
+
+def take_over(spark: SparkSession, cache: Path, folder: Path, missing: str) -> str:
+    """Let a run take over what it can, and give the images whose features it took."""
+    files = [str(file) for file in sorted(folder.glob("*.parquet"))]
+    rows = spark.createDataFrame([(each,) for each in missing], "content_id string")
+    taken = featurize.take_over(spark, files, rows, STEP, str(cache)).collect()
+    return "".join(sorted(row.content_id for row in taken))
+
+
+@pytest.mark.parametrize(("name", "n_files"), [("name", 2), ("another", 0)])
+def test_an_earlier_output_counts_only_if_its_fingerprint_is_that_of_the_cache(
+    name: str, n_files: int, spark: SparkSession, tmp_path: Path
+) -> None:
+    write_earlier(tmp_path / "earlier", "ab", "c", name=name)
+    spark.conf.set("spark.featurize.earlier", str(tmp_path / "earlier"))
+    assert len(featurize.earlier_files(spark, "name")) == n_files
+
+
+@pytest.mark.parametrize("place", [None, "nowhere", "without_a_fingerprint"], ids=str)
+def test_without_an_earlier_output_nothing_is_taken_over(place: str | None, spark: SparkSession, tmp_path: Path) -> None:
+    (tmp_path / "without_a_fingerprint").mkdir()
+    if place:
+        spark.conf.set("spark.featurize.earlier", str(tmp_path / place))
+    else:
+        spark.conf.unset("spark.featurize.earlier")
+    assert featurize.earlier_files(spark, "name") == []
+
+
+def test_what_is_missing_is_taken_over_and_nothing_else(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path / "cache")
+    write_earlier(tmp_path / "earlier", "ab", "bcd")
+    assert take_over(spark, cache, tmp_path / "earlier", "bdx") == "bd"
+    assert ids_in(spark, cache) == "bd"
+
+
+def test_what_is_taken_over_is_a_sound_row_of_the_cache(spark: SparkSession, tmp_path: Path) -> None:
+    cache = open_cache(spark, tmp_path / "cache")
+    write_earlier(tmp_path / "earlier", "ab")
+    take_over(spark, cache, tmp_path / "earlier", "ab")
+    assert {row.content_id for row in featurize.heal(spark, str(cache), N_FEATURES).collect()} == {*"ab"}
+    read = featurize.read_cache(spark, str(cache)).collect()
+    assert {row.content_id: bytes(row.features) for row in read} == {each: steps_of(each) for each in "ab"}
+
+
+EARLIER = {
+    "truncated": DAMAGE["truncated"],
+    "garbage": DAMAGE["garbage"],
+    "without_a_byte": DAMAGE["without_a_byte"],
+    "gone": lambda file: (file.unlink(), file.symlink_to("nowhere")),
+    "a_bit_flipped": lambda file: file.write_bytes(file.read_bytes().replace(b"\0\0\xa0\x40", b"\0\0\xa0\x41", 1)),  # 5.0
+    "other_columns": DAMAGE["other_columns"],
+    "not_on_the_grid": lambda file: pq.write_table(pa.table({"content_id": ["a"], "features": [[0.1, 0.2, 0.3]]}), file),
+}
+
+
+@pytest.mark.parametrize("harm", EARLIER)
+def test_a_damaged_file_of_an_earlier_output_is_named_and_passed_over(
+    harm: str, spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = open_cache(spark, tmp_path / "cache")
+    file, _ = write_earlier(tmp_path / "earlier", "ab", "c")
+    before = file.read_bytes()
+    EARLIER[harm](file)
+    assert harm == "gone" or file.read_bytes() != before
+    assert take_over(spark, cache, tmp_path / "earlier", "abc") == "c"
+    path = re.escape(os.path.realpath(file))
+    assert re.fullmatch(
+        rf"featurize: {path} is damaged \([^\n]+\); its features are computed again\n", capsys.readouterr().err
+    )
 
 
 # A cache that is elsewhere, where reading fails now and then
@@ -682,7 +810,11 @@ class Run(NamedTuple):
     stderr: str
 
     def rows(self) -> list[dict[str, Any]]:
-        return [row for _, content in sorted(self.files.items()) for row in pq.read_table(io.BytesIO(content)).to_pylist()]
+        return [row for part in self.parts() for row in part]
+
+    def parts(self) -> list[list[dict[str, Any]]]:
+        tables = [content for name, content in sorted(self.files.items()) if name.endswith(".parquet")]
+        return [pq.read_table(io.BytesIO(content)).to_pylist() for content in tables]
 
 
 @pytest.fixture(scope="module")
@@ -752,8 +884,8 @@ def test_there_is_a_row_of_its_own_features_for_each_file(runs: dict[str, Run], 
 
 @pytest.mark.slow
 def test_rows_of_a_file_are_sorted_by_image_and_path(runs: dict[str, Run]) -> None:
-    for content in runs["first"].files.values():
-        keys = [(row["image_id"], row["path"]) for row in pq.read_table(io.BytesIO(content)).to_pylist()]
+    for part in runs["first"].parts():
+        keys = [(row["image_id"], row["path"]) for row in part]
         assert keys == sorted(keys)
 
 

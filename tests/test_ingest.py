@@ -4,6 +4,7 @@ import argparse
 import base64
 import hashlib
 import io
+import sqlite3
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -830,6 +831,96 @@ def test_a_file_that_is_not_as_long_as_it_was_listed_is_an_error_with_both_lengt
 def open_file(folder: str, path: str, length: int) -> None:
     (file,) = ingest.files_in(folder.encode(), path.encode(), length, None)
     ingest.open_file(file, **{name: LIMITS[name] for name in ("max_bytes", "max_pixels", "min_side")})
+
+
+# The cache of large images
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that takes small images too; of which no image is decoded a second time."""
+    monkeypatch.setattr(ingest, "LARGE", 1)
+    path = ingest.cache_in(str(tmp_path / "cache"))
+    assert path
+    return Path(path)
+
+
+def decodes(monkeypatch: pytest.MonkeyPatch, cache: Path, content: bytes) -> int:
+    """Look at an image, as a new worker does; return how often it was decoded. It looks the same in any case."""
+    calls = []
+
+    def counted(content: bytes, max_pixels: int) -> ingest.Looks:
+        calls.append(content)
+        return look_at(content, max_pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "look_at", counted)
+        assert ingest.Cache(str(cache)).look(content, 10_000) == look_at(content, 10_000)
+    return len(calls)
+
+
+look_at = ingest.look_at
+
+
+def test_a_large_image_is_decoded_once(cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [decodes(monkeypatch, cache, image_bytes(seed=seed)) for seed in (0, 0, 1, 0, 1)] == [1, 0, 1, 0, 0]
+
+
+def test_a_small_image_is_not_cached(cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "LARGE", len(image_bytes()) + 1)
+    assert decodes(monkeypatch, cache, image_bytes()) == 1
+    assert not cache.exists()
+
+
+def test_an_image_that_is_kept_as_png_is_not_cached(
+    cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = image_bytes(format="WEBP")
+    assert [decodes(monkeypatch, cache, content) for _ in range(2)] == [1, 1]
+
+
+def test_a_cached_image_is_refused_if_it_has_too_many_pixels(
+    cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decodes(monkeypatch, cache, image_bytes(size=(20, 30)))
+    with pytest.raises(ingest.Refused, match="more than 599 pixels"):
+        ingest.Cache(str(cache)).look(image_bytes(size=(20, 30)), 599)
+
+
+@pytest.mark.parametrize("column", ["width", "height", "thumbnail", "checksum"])
+def test_a_row_of_the_cache_that_is_altered_is_not_believed(
+    column: str, cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decodes(monkeypatch, cache, image_bytes())
+    value = "zeroblob(768)" if column == "thumbnail" else f"{column} + 1"
+    with sqlite3.connect(cache) as rows:
+        rows.execute(f"UPDATE looks SET {column} = {value}")
+    assert [decodes(monkeypatch, cache, image_bytes()) for _ in range(2)] == [1, 0]
+
+
+def test_a_cache_that_is_damaged_is_named_and_deleted(
+    cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decodes(monkeypatch, cache, image_bytes())
+    cache.write_bytes(b"no table at all" * 100)
+    assert [decodes(monkeypatch, cache, image_bytes()) for _ in range(2)] == [1, 0]
+    assert f"{cache} is damaged (file is not a database) and deleted" in capsys.readouterr().err
+
+
+def test_without_its_folder_the_cache_is_done_without(
+    cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert decodes(monkeypatch, cache / "nowhere", image_bytes()) == 1
+    assert "cannot be used (unable to open database file)" in capsys.readouterr().err
+
+
+def test_another_decoder_has_another_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "version", lambda name: f"{name} 99")
+    assert ingest.cache_in(str(tmp_path / "cache")) != str(cache)
+
+
+def test_elsewhere_there_is_no_cache() -> None:
+    assert ingest.cache_in("s3://bucket/cache") is None
 
 
 # A delivery that is elsewhere, where reading fails now and then

@@ -75,11 +75,27 @@ def test_a_file_that_changes_while_a_stage_is_at_work_is_told(what: str, reposit
             other.replace(file)
         case _:
             os.utime(file, ns=(0, 0))
-    name = "3.jpg" if what == "comes" else "2.jpg"
+    such = {"comes": r", such as data/mine/Kiwi/3\.jpg", "goes": ""}.get(what, r", such as data/mine/Kiwi/2\.jpg")
     with pytest.raises(
-        SystemExit, match=rf"1 of the files that ingest reads .* such as data/mine/Kiwi/{name}\. So its output"
+        SystemExit, match=rf"files of data/mine/Kiwi came, .* while ingest was at work{such}\. So its output"
     ):
         inputs.check_unchanged("ingest", places, before)
+
+
+def test_a_place_that_is_a_file_is_looked_at(repository: Path) -> None:
+    before = inputs.look(["data/mine", ".dvcignore"])
+    (repository / ".dvcignore").write_text("*.tmp\n")
+    with pytest.raises(SystemExit, match=r"files of \.dvcignore came, went or changed"):
+        inputs.check_unchanged("ingest", ["data/mine", ".dvcignore"], before)
+
+
+def test_a_look_keeps_eight_bytes_of_a_file(repository: Path) -> None:
+    assert {folder: len(marks) for folder, marks in inputs.look(["data"]).items()} == {
+        "data": 0,
+        "data/mine": 0,
+        "data/mine/Kiwi": 3 * 8,
+        "data/mine/.git": 8,
+    }
 
 
 def test_a_module_that_stages_share_is_looked_at(repository: Path) -> None:

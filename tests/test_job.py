@@ -30,11 +30,52 @@ def test_canonicalize_makes_equal_tables_equal_files(tmp_path: Path) -> None:
     assert (a.name, a.read_bytes()) == ("part-00000.parquet", b.read_bytes())
 
 
+def test_canonicalize_keeps_what_a_stage_wrote_beside_the_parts(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "part-00000-uuid.parquet")
+    for name in ("_fingerprint", "_SUCCESS", "._fingerprint.crc"):
+        (tmp_path / name).touch()
+    job.canonicalize(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"_fingerprint", "part-00000.parquet"}
+
+
 def test_canonicalize_keeps_rows_and_their_order(tmp_path: Path) -> None:
     rows = pa.table({"id": list(range(5000, 0, -1)), "content": [b"x"] * 5000})
     pq.write_table(rows, tmp_path / "part-00007-uuid.snappy.parquet")
     job.canonicalize(tmp_path)
     assert pq.read_table(tmp_path / "part-00007.parquet").equals(rows)
+
+
+def test_a_table_written_again_is_as_if_written_at_once(tmp_path: Path) -> None:
+    for n in (0, 1, 2048, 5000):
+        rows = pa.table({"id": range(n), "content": [b"x"] * n}, pa.schema({"id": pa.int64(), "content": pa.binary()}))
+        (tmp_path / str(n)).mkdir()
+        pq.write_table(rows, tmp_path / str(n) / "part-00000-uuid.parquet", row_group_size=3000)
+        job.canonicalize(tmp_path / str(n))
+        pq.write_table(
+            rows,
+            tmp_path / "at_once",
+            row_group_size=2048,
+            compression="snappy",
+            use_dictionary=False,
+            write_page_checksum=True,
+        )
+        assert (tmp_path / str(n) / "part-00000.parquet").read_bytes() == (tmp_path / "at_once").read_bytes()
+
+
+def test_to_write_a_table_again_takes_the_memory_of_some_rows(tmp_path: Path) -> None:
+    rows = pa.table({"content": [os.urandom(2**12)] * 2**14})
+    pq.write_table(rows, tmp_path / "part-00000-uuid.parquet", use_dictionary=False, row_group_size=2**14)
+    size = rows.nbytes
+    del rows
+    code = f"""
+from pathlib import Path
+from bootstrap import job
+job.canonicalize(Path({str(tmp_path)!r}))
+import pyarrow
+print(pyarrow.default_memory_pool().max_memory())
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(said) < size / 2
 
 
 def test_parts_that_would_get_one_name_are_refused_and_kept(tmp_path: Path) -> None:
@@ -126,10 +167,10 @@ def test_on_a_full_disk_the_earlier_output_stays_and_nothing_else(tmp_path: Path
     (partial / "images/_SUCCESS").touch()
     pq.write_table(pa.table({"id": [1]}), partial / "images/part-00000-uuid.parquet")
 
-    def write_table(*_: object, **__: object) -> None:
+    def write_batch(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pq, "write_table", write_table)
+    monkeypatch.setattr(pq.ParquetWriter, "write_batch", write_batch)
     with pytest.raises(SystemExit, match=r"out cannot be written: .*No space left on device.* free some space"):
         job.publish(job_, partial, is_sound=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

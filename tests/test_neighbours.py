@@ -131,7 +131,7 @@ def test_neighbours_are_those_of_scikit_learn(columns: int, monkeypatch: pytest.
     sketches = random_sketches(700)
     numbers, distances = oracle(sketches, 6)
     for start, stop in ((0, 700), (128, 256), (699, 700)):
-        found, far = neighbours.nearest(sketches, start, stop, 6)
+        found, far = neighbours.nearest(sketches, np.arange(start, stop), 6)
         np.testing.assert_array_equal(found, numbers[start:stop])
         np.testing.assert_allclose(far, distances[start:stop], rtol=1e-6)  # float32
 
@@ -140,13 +140,13 @@ def test_near_copies_are_told_apart_by_more_digits_than_float32_has() -> None:
     # Their scalar products are all 1 in float32, their distances are not equal.
     angle = np.array([0, 1, 3, 7, 15]) * 1e-5
     sketches = np.column_stack([np.cos(angle), np.sin(angle)]).astype(np.float32)
-    found, _ = neighbours.nearest(sketches, 0, 5, 3)
+    found, _ = neighbours.nearest(sketches, np.arange(5), 3)
     np.testing.assert_array_equal(found, oracle(sketches, 3)[0])
 
 
 def test_of_equally_near_images_the_first_is_first() -> None:
     sketches = np.repeat(np.eye(4, dtype=np.float32), 3, axis=0)
-    found, distances = neighbours.nearest(sketches, 0, 12, 4)
+    found, distances = neighbours.nearest(sketches, np.arange(12), 4)
     np.testing.assert_array_equal(found[[0, 1, 2, 3]], [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [4, 5, 0, 1]])
     np.testing.assert_allclose(distances[0], [0, 0, 2**0.5, 2**0.5])
 
@@ -154,7 +154,7 @@ def test_of_equally_near_images_the_first_is_first() -> None:
 def test_an_exact_copy_has_the_distance_0_and_no_image_is_its_own_neighbour() -> None:
     sketches = random_sketches(40)
     sketches[31] = sketches[5]
-    found, distances = neighbours.nearest(sketches, 0, 40, 6)
+    found, distances = neighbours.nearest(sketches, np.arange(40), 6)
     assert (found[5, 0], found[31, 0], distances[5, 0], distances[31, 0]) == (31, 5, 0, 0)
     assert not (found == np.arange(40)[:, None]).any()
 
@@ -162,9 +162,63 @@ def test_an_exact_copy_has_the_distance_0_and_no_image_is_its_own_neighbour() ->
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7])
 def test_of_few_images_all_others_are_neighbours(n: int) -> None:
     sketches = random_sketches(n)
-    found, distances = neighbours.nearest(sketches, 0, n, 6)
+    found, distances = neighbours.nearest(sketches, np.arange(n), 6)
     assert found.shape == distances.shape == (n, min(6, n - 1))
     assert [set(row) | {i} for i, row in enumerate(found.tolist())] == [set(range(n))] * n
+
+
+# More images than are all compared with all
+
+
+def films(n_things: int, n_frames: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    things = np.repeat(random.normal(size=(n_things, 16)), n_frames, axis=0)
+    frames = normalize(things + 0.3 * random.normal(size=things.shape))
+    return frames[random.permutation(len(frames))].astype(np.float32)
+
+
+def test_each_image_is_asked_once_and_is_among_those_that_it_is_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "ROWS", 32)
+    sketches = films(100, 10)
+    cells = neighbours.divide(sketches)
+    found = [each for block in range(len(cells.starts) - 1) for each in neighbours.queries(block, len(sketches), cells)]
+    assert sorted(np.concatenate([asked for asked, _ in found])) == list(range(1000))
+    assert all(np.isin(asked, others).all() and len(asked) <= 32 for asked, others in found)
+
+
+def test_an_image_is_compared_with_all_of_its_nearest_centres(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "ROWS", 32)
+    sketches = films(100, 10)
+    cells = neighbours.divide(sketches)
+    similarity = sketches.astype(np.float64) @ sketches[: 1000 // 32].T.astype(np.float64)
+    centres = np.argsort(-similarity, axis=1)[:, : neighbours.N_CENTRES]
+    for block in range(len(cells.starts) - 1):
+        for asked, others in neighbours.queries(block, len(sketches), cells):
+            assert set(others) == {*np.flatnonzero(np.isin(centres[:, 0], centres[asked]))}
+
+
+def test_of_many_images_nearly_all_of_the_nearest_are_found(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "N_COMPARED", 500)
+    monkeypatch.setattr(neighbours, "ROWS", 32)
+    features = np.pad(films(100, 10), ((0, 0), (0, 4)))
+    sketches, found = run(write(tmp_path / "features", features), tmp_path / "neighbours")
+    points, ids = np.stack(sketches["sketch"]), sketches["image_id"].to_numpy()
+    numbers, distances = oracle(points, 6)
+    assert found.index.tolist() == ids.tolist()
+    hits = [len({*row} & {*ids[expected]}) for row, expected in zip(found["neighbours"], numbers, strict=True)]
+    assert 0.98 < np.mean(hits) / 6 < 1, "and not all, or all are compared"
+    assert (np.stack(found["distances"]) >= distances - 1e-6).all()
+
+
+def test_lonely_images_have_as_many_neighbours_as_others(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neighbours, "N_COMPARED", 20)
+    monkeypatch.setattr(neighbours, "ROWS", 2)  # cells of two
+    _, found = run(write(tmp_path / "features", random_features(60)), tmp_path / "neighbours")
+    assert {len(row) for row in found["neighbours"]} == {6}
 
 
 # The whole stage

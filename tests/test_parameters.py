@@ -71,11 +71,11 @@ def test_a_wrong_number_of_a_later_stage_ends_the_first_stage_before_it_begins(r
 
 
 def test_each_wrong_section_has_its_line(repository: Path) -> None:
-    change(repository, "covariance", max_blocks=0)
+    change(repository, "split", near=-1)
     change(repository, "reduce", k=1.0)
     with pytest.raises(SystemExit) as ended:
         parameters.check("sample")
-    assert [line.split(": ")[1] for line in str(ended.value).splitlines()] == ["covariance", "reduce"]
+    assert [line.split(": ")[1] for line in str(ended.value).splitlines()] == ["split", "reduce"]
 
 
 def test_a_parameter_that_no_stage_knows_is_refused(repository: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from pyspark.sql import SparkSession
 from sklearn.preprocessing import StandardScaler
 
 from stages import reduce
-from tests.helpers import moments_of
+from tests.helpers import STEP, moments_of, on_grid, sums_of
 
 N_IMAGES, N_FEATURES = 90, 6
 # The oracle takes the singular values of the data, the stage the eigenvalues of its covariance: of 16 digits the second
@@ -29,7 +30,7 @@ def random_features(n: int = N_IMAGES, seed: int = 0) -> np.ndarray:
     """Features of clearly different units, so that scaling matters, and of no mean near zero."""
     random = np.random.default_rng(seed)
     mixed = random.normal(size=(n, N_FEATURES)) @ random.normal(size=(N_FEATURES, N_FEATURES))
-    return (mixed * [1, 2, 4, 0.5, 8, 1] + [5, 0, -3, 1, 20, 0]).astype(np.float32)
+    return on_grid(mixed * [1, 2, 4, 0.5, 8, 1] + [5, 0, -3, 1, 20, 0])
 
 
 def fit(features: np.ndarray, scale: str = "none") -> reduce.PCA:
@@ -76,18 +77,14 @@ def write_features(folder: Path, features: np.ndarray, n_files: int) -> str:
     return str(folder)
 
 
-def rows_of(folds: list[np.ndarray]) -> list[dict[str, int | bytes]]:
-    """Rows of MOMENTS."""
-    return [
-        {"fold": fold, "n": n, "mean": mean.tobytes(), "scatter": scatter[np.tril_indices(len(mean))].tobytes()}
-        for fold, (n, mean, scatter) in enumerate(map(moments_of, folds))
-    ]
+def rows_of(folds: list[np.ndarray]) -> list[dict[str, Any]]:
+    """Rows of SUMS."""
+    return [sums_of(features, fold) for fold, features in enumerate(folds)]
 
 
-def write_moments(path: Path, folds: list[np.ndarray]) -> str:
-    fields = [("fold", pa.int32()), ("n", pa.int64()), ("mean", pa.binary()), ("scatter", pa.binary())]
+def write_sums(path: Path, folds: list[np.ndarray]) -> str:
     path.mkdir()
-    pq.write_table(pa.Table.from_pylist(rows_of(folds), pa.schema(fields)), path / "part-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(rows_of(folds)), path / "part-00000.parquet")
     return str(path)
 
 
@@ -319,27 +316,51 @@ def test_a_wrong_k_ends_the_stage_with_status_2(capsys: pytest.CaptureFixture[st
     assert "'1.5' is neither a number of components" in capsys.readouterr().err
 
 
+def moments_of_rows(rows: list[dict[str, Any]]) -> tuple[int, np.ndarray, np.ndarray]:
+    return reduce.moments_of(*reduce.total_sums(rows))
+
+
 @pytest.mark.parametrize("cuts", [[], [30], [1, 60]], ids=["one fold", "two folds", "three folds"])
-def test_the_moments_of_folds_add_up_to_those_of_the_whole(cuts: list[int]) -> None:
+def test_the_moments_of_folds_are_those_of_all_rows(cuts: list[int]) -> None:
     features = random_features() + np.float32(100) * (np.arange(N_IMAGES) < 30)[:, None]  # folds with different means
-    n, mean, scatter = reduce.total_moments(rows_of(np.split(features, cuts)))
+    n, mean, scatter = moments_of_rows(rows_of(np.split(features, cuts)))
     _, expected_mean, expected_scatter = moments_of(features)
     assert n == N_IMAGES
-    np.testing.assert_allclose(mean, expected_mean, rtol=1e-13)  # float64 sums in another order
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-13)  # numpy rounds its float64 sums
     np.testing.assert_allclose(scatter, expected_scatter, rtol=1e-10)  # the same, of numbers that cancel in part
 
 
-def test_the_order_of_folds_changes_no_bit() -> None:
-    rows = rows_of(np.split(random_features(), [20, 50]))
-    for a, b in zip(reduce.total_moments(rows), reduce.total_moments(rows[::-1]), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_neither_the_order_nor_the_number_of_folds_changes_a_bit() -> None:
+    found = [moments_of_rows(rows_of(np.split(random_features(), cuts))) for cuts in ([20, 50], [], [50])]
+    found.append(moments_of_rows(rows_of(np.split(random_features(), [20, 50]))[::-1]))
+    for each in zip(*found, strict=True):
+        for other in each[1:]:
+            np.testing.assert_array_equal(other, each[0])
 
 
-def test_a_constant_feature_stays_constant_when_folds_are_put_together() -> None:
+def test_a_constant_feature_has_a_scatter_of_exactly_zero() -> None:
     features = random_features()
-    features[:, 2] = 0.1
-    _, _, scatter = reduce.total_moments(rows_of(np.split(features, [37])))
-    assert scatter[2, 2] == 0
+    features[:, 2] = on_grid(np.array(0.1))
+    _, _, scatter = moments_of_rows(rows_of(np.split(features, [37])))
+    assert not scatter[2].any()
+    assert not scatter[:, 2].any()
+
+
+@pytest.mark.parametrize("n", [3, 10**6, 2**33])
+def test_a_small_variance_far_from_zero_is_right_to_the_last_bits(n: int) -> None:
+    # Of n rows, each 32,767 or, one of three, 32,766 steps; as n grows, the sums of squares lose bits above the 64th.
+    low = n // 3
+    high = n - low
+    total, products = 32_767 * high + 32_766 * low, 32_767**2 * high + 32_766**2 * low
+    as_int64 = [np.array(each).astype(np.int64) for each in ([total], [[products]])]
+    _, mean, scatter = reduce.moments_of(n, STEP, *as_int64)
+    np.testing.assert_allclose(mean, total / n * STEP, rtol=1e-15)
+    np.testing.assert_allclose(scatter, high * low / n * STEP**2, rtol=1e-15)
+
+
+def test_the_scatter_is_symmetric_to_the_bit() -> None:
+    _, _, scatter = moments_of_rows(rows_of([random_features()]))
+    np.testing.assert_array_equal(scatter, scatter.T)
 
 
 @pytest.mark.parametrize("n_partitions", [1, 2, 7])
@@ -373,7 +394,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     features = random_features()
     return [
         write_features(folder / "features", features, n_files=3),
-        write_moments(folder / "covariance", np.split(features, [37])),
+        write_sums(folder / "covariance", np.split(features, [37])),
     ]
 
 
@@ -431,7 +452,7 @@ def test_images_that_are_all_equal_end_in_a_message(k: str, spark: SparkSession,
     features = np.repeat(random_features(1), 5, axis=0)
     folders = [
         write_features(tmp_path / "features", features, n_files=1),
-        write_moments(tmp_path / "covariance", [features]),
+        write_sums(tmp_path / "covariance", [features]),
     ]
     with pytest.raises(SystemExit, match="reduce: "):
         reduce.main([*folders, str(tmp_path / "reduced"), "--k", k, "--scale", "none"])

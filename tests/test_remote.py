@@ -3,6 +3,7 @@
 import filecmp
 import json
 import secrets
+import shutil
 import socket
 import subprocess
 import time
@@ -14,6 +15,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from PIL import Image
 
 from tests.helpers import PIPELINE, PYTHON, run
 
@@ -137,12 +139,17 @@ def test_a_bucket_that_cannot_be_asked_where_it_is_becomes_no_remote(author: Pat
     assert (author / ".dvc/config").read_text() == before
 
 
-def test_what_is_pushed_is_pulled_byte_for_byte(author: Path, mate: Path, storage: Storage) -> None:
+def test_what_is_pushed_is_pulled_byte_for_byte_and_not_computed_again(author: Path, mate: Path, storage: Storage) -> None:
     run("dvc", "pull", cwd=mate, **storage.environment)
     files = data(author)
     assert len(files) > 112  # the photographs, and more
     assert data(mate) == files
     assert filecmp.cmpfiles(author, mate, files, shallow=False) == (files, [], [])
+    shutil.copytree(mate / "data/sample", mate / "data/mine")
+    Image.new("RGB", (50, 50), "teal").save(mate / "data/mine/Pear/one-more.png")
+    run("dvc", "add", "data/mine", cwd=mate)
+    said = run("dvc", "exp", "run", "-S", "images=data/mine", "featurize", cwd=mate)
+    assert "1 passes of efficientnet-lite0, 112 images from an earlier run" in said
 
 
 def test_what_was_pushed_is_not_uploaded_again(author: Path, storage: Storage) -> None:

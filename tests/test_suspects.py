@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reports import report
-from stages import suspects
+from stages import analysis, suspects
 from tests.helpers import ROOT, digest
 
 N_NEIGHBOURS = 6
@@ -315,8 +315,8 @@ def test_outliers_are_beyond_the_weighted_median_by_so_many_deviations(outlier: 
 def read_tables(folder: Path, images: pd.DataFrame) -> tuple[suspects.Photographs, pd.DataFrame]:
     run(folder, images)
     files = images[["image_id", "path", "label", "group"]].sort_values(["image_id", "label", "path"], ignore_index=True)
-    photographs = suspects.to_photographs(files, pq.read_table(folder / "n/sketches"))
-    return photographs, suspects.to_pairs(pq.read_table(folder / "n/neighbours"), photographs)[0]
+    photographs, image_ids = suspects.to_photographs(files, str(folder / "n/sketches"))
+    return photographs, suspects.to_pairs(analysis.read_pairs(str(folder / "n/neighbours"), image_ids), photographs)[0]
 
 
 def test_a_suspect_is_named_once_for_its_strongest_reason(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from boto3.s3.transfer import TransferConfig
 
 from bootstrap.aws import cloud
-from bootstrap.job import PART, digest_of_files, files_of, published_name, sha256
+from bootstrap.job import PUBLISHED, digest_of_files, files_of, published_name, sha256
 from bootstrap.remote import SECONDS
 
 
@@ -76,7 +76,7 @@ class Bucket:
         and a stage reads nothing else.
         """
         to = f"staging/inputs/{digest_of_files(files_of(folder))}"
-        parts = [key for key in self.keys(prefix) if PART.search(key)]
+        parts = [key for key in self.keys(prefix) if PUBLISHED.search(key)]
 
         def copy(key: str) -> None:
             source = {"Bucket": self.name, "Key": f"{prefix}/{key}"}
