@@ -89,8 +89,8 @@ def compare(images: pd.DataFrame, earlier: pd.DataFrame, suspects: pd.DataFrame)
     names["suspects"] = find_suspects(suspects, images, names["new"])
     errors, by_label, names["unlike"] = compare_errors(images, earlier, names["new"])
     paths = paths_of(images)
-    to_look_at = pd.Index([]).append([names[each].index for each in ("conflicting", "relabelled", "suspects", "unlike")])
-    names["look_at"] = paths.loc[to_look_at.unique()]
+    to_look_at = [names[each].index for each in ("conflicting", "relabelled", "suspects", "unlike")]
+    names["look_at"] = paths.loc[to_look_at[0].append(to_look_at[1:]).unique()]
     drift: dict[str, Any] = {
         "look_at": len(names["look_at"]),
         "new": {

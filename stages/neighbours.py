@@ -52,9 +52,8 @@ NEIGHBOURS = T.StructType(
 N_COMPONENTS = 64
 N_SAMPLE = 8192  # images at most, those of least SHA-256, that the components are fitted on
 N_COMPARED = 2**17  # images that are all compared with all
-N_CENTRES = (
-    4  # nearest to an image: it is compared with all images that have one of these as their nearest. See docs/scale.md
-)
+# Centres nearest to an image: it is compared with all images that have one of these as their nearest. See docs/scale.md.
+N_CENTRES = 4
 SPARE = 4  # neighbours found in float32, of which float64 chooses
 ROWS, COLUMNS = 1024, 8192  # of a matrix of similarities, at once
 IMAGES_PER_FILE = 16384
