@@ -46,7 +46,7 @@ RESULTS = ROOT / "benchmarks/results.json"
 PAGE = ROOT / "docs/performance.md"
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 PRECISION = "bfloat16"
-PARTS = (200, 3_200)  # images that benchmarks/field.py is timed on
+PARTS = (200, 2_000)  # images that benchmarks/field.py is timed on: a minute or more apart
 N_LIMIT = 9_600  # images of the bare loop; a shorter one says less of a whole run
 N_DISTINCT = 2_000  # images that many files are made of
 N_EXECUTORS = 8_000  # of the section executors: their JVMs, which start cold, share the cores with the network
@@ -110,6 +110,7 @@ def whole(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         timed(seconds, "all", *DVC, "exp", "run", *(f"-S{key}={value}" for key, value in chosen.items()), cwd=clone)
         rate = bare_loop(clone / "data/photos", clone / "data/backbone", n_images)["images_per_second"]
         seconds.setdefault("bare loop on as many, start-up apart", []).append(n_images / rate)
+        timed(seconds, "another k, its figures", *DVC, "exp", "run", "-S", "reduce.k=16", "evaluate", cwd=clone)
         timed(seconds, "another k", *DVC, "exp", "run", "-S", "reduce.k=32", cwd=clone)
         timed(seconds, "nothing changed", *DVC, "repro", cwd=clone)
         copy_images(paths[:n_more], images, clone / "data/photos")
@@ -135,7 +136,10 @@ def whole(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
         "uncached": round(ratio(seconds, uncached, "all"), 1),
         "cached": round(ratio(seconds, cached, "all"), 1),
         "more": round(ratio(seconds, "1 % more", "all"), 2),
-        **{name: round(statistics.median(seconds[name]), 1) for name in ("another k", "nothing changed")},
+        **{
+            name: round(statistics.median(seconds[name]), 1)
+            for name in ("another k, its figures", "another k", "nothing changed")
+        },
     }
     return {"images": n_images, "precision": PRECISION, "seconds": seconds, "passes": passes, "ratios": ratios}
 
@@ -309,7 +313,8 @@ GOALS = (
     ("covariance and reduce, against pyspark.ml's PCA, start-up apart", "12 times as fast or more", "pca", "without start"),
     ("the same, each with its start-up (Spark's, twice)", "4 times or more", "pca", "with start"),
     ("covariance and reduce, start-up apart, against scikit-learn", "1.5 times its seconds or fewer", "pca", "scikit-learn"),
-    ("another k, by `dvc exp run`, seconds", "10 or fewer", "whole", "another k"),
+    ("another k and its figures, by `dvc exp run … evaluate`, seconds", "10 or fewer", "whole", "another k, its figures"),
+    ("another k, with the model for a phone, by `dvc exp run`, seconds", "10 or fewer", "whole", "another k"),
     ("1 % more photographs, of the seconds of the whole", "0.2 of them or fewer", "whole", "more"),
     ("nothing changed, seconds", "3 or fewer", "whole", "nothing changed"),
     ("the whole by photographs", "exponent 1.05 or less", "growth", "photographs"),

@@ -207,6 +207,7 @@ def limits() -> str:
     found = [
         ("names, sketches and cells in each worker of `neighbours`", 64 + 4 * 64 + 4 * 4 + 8, "bytes", worker),
         ("the driver of `neighbours`", bytes_of_each("neighbours", "stage"), "bytes", driver),
+        ("names of images in one column of Arrow, in `split` and `suspects`", 64, "bytes", 2 * GIB),
         ("`split` on this machine, of 64 GiB", bytes_of_each("split", "stage"), "bytes", SERVER_GIB * GIB),
         ("`suspects`, likewise", bytes_of_each("suspects", "stage"), "bytes", SERVER_GIB * GIB),
         ("names and folds in each worker of `covariance`", 64 + 1, "bytes", worker),

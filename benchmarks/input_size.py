@@ -46,6 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         clone = Path(name) / "clone"
         run(ROOT, "git", "clone", "-q", ROOT, clone)
+        (clone / "dvc.lock").unlink()  # which names features that a shared cache of DVC may have
         shutil.copytree(ROOT / "data/weights", clone / "data/weights", dirs_exist_ok=True)
         set_parameters(clone, images=str(args.images))
         run_watched(command_of("ingest", clone), clone)

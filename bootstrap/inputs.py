@@ -73,7 +73,7 @@ def mark(path: str) -> bytes:
     """Hash a file's path, size, time of change and inode to MARK bytes; none if it is no regular file."""
     try:
         status = os.stat(path)
-    except FileNotFoundError:
+    except OSError:  # it is gone, or a link that leads nowhere
         return b""
     if not stat.S_ISREG(status.st_mode):
         return b""
@@ -90,7 +90,7 @@ def check_unchanged(stage: str, places: Sequence[str], before: Mapping[str, byte
         a file came, went or changed meanwhile; with its folder, its name if it is still there, and what to do
     """
     now = look(places)
-    changed = sorted(folder for folder in before.keys() | now.keys() if before.get(folder) != now.get(folder))
+    changed = sorted(folder for folder in before.keys() | now.keys() if before.get(folder, b"") != now.get(folder, b""))
     if changed:
         marks = before.get(changed[0], b"")
         known = {marks[i : i + MARK] for i in range(0, len(marks), MARK)}

@@ -86,8 +86,9 @@ def link_earlier(job: Job, folder: str) -> bool:
     DVC deletes an output before the stage runs that makes it anew. The cache keeps the files, as dvc.lock names them.
     """
     outputs = load("dvc.lock").get("stages", {}).get("featurize", {}).get("outs", [])
-    digests = [each["md5"] for each in outputs if (job.name, job.output) == ("featurize", each["path"])]
-    if not digests:
+    digests = [each.get("md5") for each in outputs if (job.name, job.output) == ("featurize", each["path"])]
+    # Only workers of this machine see the links. Without a digest, a remote keeps the versions of files, and the cache none.
+    if not any(digests) or not master(os.environ).startswith("local"):
         return False
     from dvc.config import Config  # slow to import
 
@@ -98,6 +99,10 @@ def link_earlier(job: Job, folder: str) -> bool:
                 Path(folder, each["relpath"]).symlink_to(file)
         return True
     return False
+
+
+def master(environment: Mapping[str, str]) -> str:
+    return environment.get("SPARK_MASTER") or "local[*]"
 
 
 def spark_submit(job: Job, environment: Mapping[str, str], earlier: str | None = None) -> list[str]:
@@ -118,7 +123,7 @@ def spark_submit(job: Job, environment: Mapping[str, str], earlier: str | None =
         settings["spark.featurize.earlier"] = earlier
     return [
         str(Path(sys.executable).with_name("spark-submit")),
-        *("--master", environment.get("SPARK_MASTER") or "local[*]"),
+        *("--master", master(environment)),
         *("--properties-file", str(BOOTSTRAP / "spark-defaults.conf")),
         *("--driver-memory", environment.get("SPARK_DRIVER_MEMORY") or f"{memory_mb() // 4}m"),
         # The JVM only moves rows. Its optimizing compiler takes half of two cores, and pays only after the stage has ended.

@@ -185,8 +185,8 @@ def to_matrix(features: pa.ListArray) -> np.ndarray:
 
 
 def to_batches(total: dict[int, Sums], step: float) -> Iterator[pa.RecordBatch]:
-    """Make a batch of SUMS of each fold: of 2,048 features, it is 17 MB."""
-    for fold, (n, sums, products) in total.items():
+    """Make a batch of SUMS of each fold, in their order: of 2,048 features, it is 17 MB."""
+    for fold, (n, sums, products) in sorted(total.items()):
         row = {"fold": fold, "n": n, "step": step, "sum": sums.tobytes(), "products": products.tobytes()}
         yield pa.RecordBatch.from_pylist([row], schema=to_arrow_schema(SUMS))
 

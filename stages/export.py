@@ -22,7 +22,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,14 +103,17 @@ def main(argv: list[str] | None = None) -> None:
     topology, weights = to_tfjs(graph)
     lite = to_tflite(graph)
     chosen = choose(exemplars, args.photographs)
-    contents = read_contents(args.ingested, chosen["path"].tolist())
+    compared = set(chosen["path"].iloc[np.linspace(0, len(chosen) - 1, COMPARED).astype(int)])
+    pictures, pixels = {}, []
+    for path, content in read_contents(args.ingested, chosen["path"].tolist()):
+        pictures[path] = to_picture(content)
+        if path in compared:
+            pixels.append(to_pixels(content, backbone["pixels"])[None])
+    check_same(pixels, load_tflite(lite), load_tensorflow(graph))
     photographs = chosen.assign(
         embedding=list(read_points(args.reduced, chosen["image_id"], head.whitening)),
-        picture=[to_picture(contents[path]) for path in chosen["path"]],
+        picture=[pictures[path] for path in chosen["path"]],
     )
-    compared = dict.fromkeys(chosen["path"].iloc[np.linspace(0, len(chosen) - 1, COMPARED).astype(int)])
-    pixels = [to_pixels(contents[path], backbone["pixels"])[None] for path in compared]
-    check_same(pixels, load_tflite(lite), load_tensorflow(graph))
 
     output = Path(args.output)
     (output / "web").mkdir(parents=True)
@@ -412,26 +415,24 @@ def check_same(images: Sequence[np.ndarray], model: Model, reference: Model) -> 
         )
 
 
-def read_contents(ingested: str, paths: Sequence[str]) -> dict[str, bytes]:
-    """Read the contents of these photographs, by path. No more than a row group of others is in memory.
+def read_contents(ingested: str, paths: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Yield path and content of each of these photographs, in the order of the files. No more than a row group is in memory.
 
     Raises
     ------
     SystemExit
         one is not there
     """
-    contents: dict[str, bytes] = {}
+    n_found = 0
     wanted = pc.field("path").isin(paths)
     for file in open_table(f"{ingested}/images").get_fragments():
         for row_group in file.split_by_row_group():
             if row_group.count_rows(filter=wanted):
-                rows = row_group.to_table(columns=["path", "content"], filter=wanted).to_pylist()
-                contents |= {row["path"]: row["content"] for row in rows}
-    if len(contents) < len(paths):
-        raise SystemExit(
-            f"export: {ingested} has {len(contents):,} of {len(paths):,} photographs of exemplars. Run `dvc repro`."
-        )
-    return contents
+                for row in row_group.to_table(columns=["path", "content"], filter=wanted).to_pylist():
+                    n_found += 1
+                    yield row["path"], row["content"]
+    if n_found < len(paths):
+        raise SystemExit(f"export: {ingested} has {n_found:,} of {len(paths):,} photographs of exemplars. Run `dvc repro`.")
 
 
 def to_pixels(content: bytes, wanted: dict[str, Any]) -> np.ndarray:

@@ -171,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     if beyond[0].value:
         n_features, n_images_beyond = (each.value for each in beyond)
         print(
-            f"featurize: {n_features:,} features of {n_images_beyond:,} images were beyond ±{MOST * backbone['step']:,g} "
-            "and were set to it"
+            f"featurize: {n_features:,} features of {n_images_beyond:,} images were at ±{MOST * backbone['step']:,g} or "
+            "beyond, the most that 16 bits hold"
         )
     print(
         f"featurize: {n_images:,} images x {backbone['n_features']:,} features; {n_missing:,} passes of {backbone['name']}"
@@ -519,7 +519,7 @@ def parse_output(path: str, step: float) -> tuple[list[str], list[bytes]]:
     try:
         table = pq.read_table(path, columns=["content_id", "features"], use_threads=False, page_checksum_verification=True)
         ids = table["content_id"].to_pylist()
-        features = table["features"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1)
+        features = table["features"].combine_chunks().flatten().to_numpy().reshape(len(ids), -1 if ids else 0)
         steps = to_steps(features, step)
     except MemoryError:
         raise

@@ -1146,23 +1146,25 @@ class Cache:
     """What large images look like, by the SHA-256 of their files: to decode one takes 20 times as long as to hash it.
 
     It is a file of SQLite, which several workers and runs may use at once. Each row has a checksum. A damaged file is
-    deleted. Without the cache, images are decoded.
+    deleted. Where it cannot be used, images are decoded to the end of the task.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.rows: sqlite3.Connection | None = None
+        self.is_usable = True
 
     def look(self, content: bytes, max_pixels: int) -> Looks:
         """Return what `look_at` does. Images that are refused or written again as PNG are decoded each time."""
-        if len(content) < LARGE:
+        if len(content) < LARGE or not self.is_usable:
             return look_at(content, max_pixels)
         name = hashlib.sha256(content).digest()
         found = self.ask("SELECT width, height, thumbnail, checksum FROM looks WHERE name = ?", name)
-        if found and checksum(name, *found[:3]) == found[3] and found[0] * found[1] <= max_pixels:
+        is_sound = found and [*map(type, found)] == [int, int, bytes, int] and checksum(name, *found[:3]) == found[3]
+        if is_sound and found[0] * found[1] <= max_pixels:
             return Looks(found[0], found[1], found[2], None)
         looks = look_at(content, max_pixels)
-        if looks.png is None:
+        if looks.png is None and self.is_usable:
             row = name, *looks[:3]
             self.ask("INSERT OR REPLACE INTO looks VALUES (?, ?, ?, ?, ?)", *row, checksum(*row))
         return looks
@@ -1179,8 +1181,9 @@ class Cache:
                     "checksum INT) WITHOUT ROWID"
                 )
             return self.rows.execute(statement, values).fetchone()
-        except sqlite3.OperationalError as error:
+        except sqlite3.OperationalError as error:  # such as a full disk, or a lock that somebody holds
             print(f"ingest: {self.path} cannot be used ({error}): images are decoded again", file=sys.stderr)
+            self.is_usable = False
         except sqlite3.DatabaseError as error:
             print(f"ingest: {self.path} is damaged ({error}) and deleted: images are decoded again", file=sys.stderr)
             self.rows = None
@@ -1201,7 +1204,11 @@ def cache_in(place: str | None) -> str | None:
     """
     if not place or "://" in place:
         return None
-    os.makedirs(place, exist_ok=True)
+    try:
+        os.makedirs(place, exist_ok=True)
+    except OSError as error:
+        print(f"ingest: {place} cannot be used ({error}): images are decoded again", file=sys.stderr)
+        return None
     with open(__file__, "rb") as source:
         determines = [source.read(), *(f"{name} {version(name)}".encode() for name in DECODERS)]
     return os.path.abspath(f"{place}/ingest-{hashlib.sha256(b' '.join(determines)).hexdigest()[:32]}.sqlite")

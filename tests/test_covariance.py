@@ -186,6 +186,12 @@ def test_a_file_without_rows_adds_nothing(spark: SparkSession, tmp_path: Path) -
     assert_sums(run(read(spark, *write(tmp_path, files))), files)
 
 
+def test_folds_are_written_in_their_order() -> None:
+    sums = covariance.sums_of(np.ones((1, 2)))
+    written = covariance.to_batches({1: sums, 0: sums, 2: sums}, 0.5)
+    assert [batch["fold"][0].as_py() for batch in written] == [0, 1, 2]
+
+
 def test_neither_the_order_of_rows_nor_files_nor_tasks_change_a_byte(spark: SparkSession, tmp_path: Path) -> None:
     fold, features = random_rows(90)
     found = []

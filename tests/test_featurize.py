@@ -619,6 +619,13 @@ def test_what_is_missing_is_taken_over_and_nothing_else(spark: SparkSession, tmp
     assert ids_in(spark, cache) == "bd"
 
 
+def test_a_file_without_rows_is_no_damage(spark: SparkSession, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = open_cache(spark, tmp_path / "cache")
+    write_earlier(tmp_path / "earlier", "", "ab")
+    assert take_over(spark, cache, tmp_path / "earlier", "ab") == "ab"
+    assert "damaged" not in capsys.readouterr().err
+
+
 def test_what_is_taken_over_is_a_sound_row_of_the_cache(spark: SparkSession, tmp_path: Path) -> None:
     cache = open_cache(spark, tmp_path / "cache")
     write_earlier(tmp_path / "earlier", "ab")

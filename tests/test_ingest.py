@@ -893,9 +893,22 @@ def test_a_row_of_the_cache_that_is_altered_is_not_believed(
 ) -> None:
     decodes(monkeypatch, cache, image_bytes())
     value = "zeroblob(768)" if column == "thumbnail" else f"{column} + 1"
+    alter(cache, column, value)
+    assert [decodes(monkeypatch, cache, image_bytes()) for _ in range(2)] == [1, 0]
+
+
+@pytest.mark.parametrize(("column", "value"), [("width", "NULL"), ("height", "1.5"), ("thumbnail", "'text'")])
+def test_a_row_of_the_cache_with_other_types_is_not_believed(
+    column: str, value: str, cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decodes(monkeypatch, cache, image_bytes())
+    alter(cache, column, value)
+    assert [decodes(monkeypatch, cache, image_bytes()) for _ in range(2)] == [1, 0]
+
+
+def alter(cache: Path, column: str, value: str) -> None:
     with sqlite3.connect(cache) as rows:
         rows.execute(f"UPDATE looks SET {column} = {value}")
-    assert [decodes(monkeypatch, cache, image_bytes()) for _ in range(2)] == [1, 0]
 
 
 def test_a_cache_that_is_damaged_is_named_and_deleted(
@@ -907,11 +920,19 @@ def test_a_cache_that_is_damaged_is_named_and_deleted(
     assert f"{cache} is damaged (file is not a database) and deleted" in capsys.readouterr().err
 
 
-def test_without_its_folder_the_cache_is_done_without(
-    cache: Path, image_bytes: ImageBytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_cache_that_cannot_be_used_is_done_without_and_said_once(
+    cache: Path, image_bytes: ImageBytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert decodes(monkeypatch, cache / "nowhere", image_bytes()) == 1
-    assert "cannot be used (unable to open database file)" in capsys.readouterr().err
+    without = ingest.Cache(str(cache / "nowhere"))
+    for seed in range(3):
+        assert without.look(image_bytes(seed=seed), 10_000) == look_at(image_bytes(seed=seed), 10_000)
+    assert capsys.readouterr().err.count("cannot be used (unable to open database file)") == 1
+
+
+def test_where_no_folder_can_be_made_there_is_no_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert ingest.cache_in(str(tmp_path / "file/cache")) is None
+    assert "file/cache cannot be used" in capsys.readouterr().err
 
 
 def test_another_decoder_has_another_cache(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,6 +89,19 @@ def test_a_place_that_is_a_file_is_looked_at(repository: Path) -> None:
         inputs.check_unchanged("ingest", ["data/mine", ".dvcignore"], before)
 
 
+def test_a_folder_without_files_is_no_change(repository: Path) -> None:
+    before = inputs.look(["data"])
+    (repository / "data/mine/New folder").mkdir()
+    inputs.check_unchanged("ingest", ["data"], before)
+
+
+def test_a_link_that_leads_nowhere_is_no_file(repository: Path) -> None:
+    before = inputs.look(["data"])
+    for name, target in {"loop": "loop", "gone": "nowhere", "through": "Kiwi/0.jpg/x"}.items():
+        (repository / "data/mine" / name).symlink_to(target)
+    assert inputs.look(["data"]) == before
+
+
 def test_a_look_keeps_eight_bytes_of_a_file(repository: Path) -> None:
     assert {folder: len(marks) for folder, marks in inputs.look(["data"]).items()} == {
         "data": 0,

@@ -77,6 +77,20 @@ def test_a_file_that_dvcs_cache_lacks_is_passed_over(earlier: Path, tmp_path: Pa
     assert linked(tmp_path / "links") == {"_fingerprint": "name\n"}
 
 
+def test_workers_of_other_machines_are_told_of_no_links(
+    earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(earlier)
+    monkeypatch.setenv("SPARK_MASTER", "spark://elsewhere:7077")
+    assert linked(tmp_path / "links") is None
+
+
+def test_an_output_whose_versions_a_remote_keeps_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.lock").write_text("stages: {featurize: {outs: [{path: data/features, files: [{relpath: a, md5: b}]}]}}")
+    assert linked(tmp_path / "links") is None
+
+
 def test_the_stage_is_told_of_an_earlier_output_only_where_there_is_one() -> None:
     assert "spark.featurize.earlier=/links" in local.spark_submit(FEATURIZE, {}, "/links")
     assert "spark.featurize.earlier" not in " ".join(local.spark_submit(FEATURIZE, {}))
