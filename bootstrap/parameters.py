@@ -3,20 +3,23 @@
 usage: python -m bootstrap.parameters    checks the folder of images only: prints nothing if it is there, else what to do
 
 Each stage checks its own section when it parses its command line. Before a stage runs, the others are made to do so too, if
-their section differs from the one in dvc.lock, which an earlier run has accepted.
+their section differs from the one in dvc.lock, which an earlier run has accepted. What they accept is noted, for a stage
+takes a second or more to import what it needs, and would take it before each stage of the run.
 """
 
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bootstrap.job import Job
+from bootstrap.job import Job, digest_of, sha256
 
+ACCEPTED = Path(".dvc/tmp/accepted")  # a line for each command line that is not in dvc.lock yet: see digest_of_command
 # An error is one line, without the usage of a command that nobody has typed.
 PARSE = """
 import argparse, importlib, sys
@@ -37,16 +40,27 @@ def check(running: str, inputs: Iterable[str] = ()) -> None:
     """
     if not Path("dvc.yaml").exists():
         return  # a single stage, not one of a pipeline
+    others = {name: words for name, words in changed_commands() if name != running}
+    digests = {name: digest_of_command(name, words) for name, words in others.items()}
+    accepted = set(ACCEPTED.read_text().split()) if ACCEPTED.exists() else set()
     parsers = {
         name: subprocess.Popen([sys.executable, "-c", PARSE, *words], stderr=subprocess.PIPE, text=True)
-        for name, words in changed_commands()
-        if name != running
+        for name, words in others.items()
+        if digests[name] not in accepted
     }
     said = {name: parser.communicate()[1].strip() for name, parser in parsers.items()}
     refused = [f"{name}: {said[name].splitlines()[-1]}" for name, parser in parsers.items() if parser.returncode]
     refused += what_is_wrong_with_images(is_read="@images" in inputs)
     if refused:
         raise SystemExit("\n".join(f"params.yaml: {line}" for line in refused))
+    if parsers:
+        with suppress(OSError):  # as on a full disk, or where there is no DVC
+            ACCEPTED.write_text("\n".join(digests.values()))
+
+
+def digest_of_command(stage: str, words: list[str]) -> str:
+    """Hash a command line and the file of its stage, which decides about it."""
+    return digest_of([sha256(Path(f"stages/{stage}.py")), *words])
 
 
 def what_is_wrong_with_images(is_read: bool = True) -> list[str]:

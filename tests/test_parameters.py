@@ -4,6 +4,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,39 @@ def test_a_parameter_that_no_stage_knows_is_refused(repository: Path) -> None:
 def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> None:
     (repository / "stages").unlink()  # nor could it be
     parameters.check("sample")
+
+
+def test_what_a_stage_has_accepted_is_not_parsed_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository / ".dvc/tmp").mkdir(parents=True)
+    change(repository, "split", near=0.4)
+    change(repository, "reduce", k=16)
+    parameters.check("sample")
+    monkeypatch.setattr(parameters, "PARSE", "raise SystemExit('parsed')")
+    parameters.check("sample")
+    change(repository, "reduce", k=17)
+    with pytest.raises(SystemExit, match=r"^params\.yaml: reduce: parsed$"):
+        parameters.check("sample")
+
+
+def test_a_stage_whose_file_has_changed_parses_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (repository / ".dvc/tmp").mkdir(parents=True)
+    (repository / "stages").unlink()
+    shutil.copytree(ROOT / "stages", repository / "stages")
+    change(repository, "reduce", k=16)
+    parameters.check("sample")
+    with (repository / "stages/reduce.py").open("a") as file:
+        file.write("# its bounds may be others now")
+    monkeypatch.setattr(parameters, "PARSE", "raise SystemExit('parsed')")
+    with pytest.raises(SystemExit, match=r"^params\.yaml: reduce: parsed$"):
+        parameters.check("sample")
+
+
+def test_what_is_refused_is_refused_again(repository: Path) -> None:
+    (repository / ".dvc/tmp").mkdir(parents=True)
+    change(repository, "reduce", k=1.0)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"^params\.yaml: reduce: "):
+            parameters.check("sample")
 
 
 @pytest.mark.parametrize(
