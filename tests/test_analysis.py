@@ -128,6 +128,19 @@ def test_the_first_components_of_a_fold_are_the_first_of_all() -> None:
     np.testing.assert_allclose(np.abs(two @ all_.T), np.eye(2, N_FEATURES), atol=1e-9)
 
 
+@pytest.mark.parametrize("rank", [2, 120], ids=["fewer directions than components", "many directions"])
+def test_a_few_components_of_many_features_are_those_of_scikit_learn_up_to_sign(rank: int) -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(size=(200, rank)) * 0.9 ** np.arange(rank) @ random.normal(size=(rank, 100)) + 3
+    n = min(rank, 5)
+    oracle = PCA(n, svd_solver="full").fit(features).components_
+    np.testing.assert_allclose(np.abs(basis_of(features, max_components=5).components @ oracle.T), np.eye(n), atol=1e-9)
+
+
+def test_a_fold_of_equal_images_of_many_features_still_has_a_component() -> None:
+    assert basis_of(np.ones((200, 100)), max_components=2).components.shape == (1, 100)
+
+
 def test_a_fold_of_few_images_has_one_component_less_than_images() -> None:
     assert basis_of(np.stack(make_images(4)["features"])).components.shape == (3, N_FEATURES)
 
