@@ -12,7 +12,7 @@ whole      a clone of this repository and `dvc`, as a user has them, on all IMAG
 limit      benchmarks/bare.py, and the stage featurize on the same number of images, start-up apart
 pca        covariance and reduce, benchmarks/field.py and scikit-learn in memory, on 22,688 rows of 2,048 random features
 growth     the whole by `dvc` from 1,000 to 20,000 images, ingest of up to 100,000 files, covariance and reduce of up to
-           1,000,000 rows of 256 features: seconds, and the memory of the driver, the JVM and the workers
+           1,000,000 rows of 256 features: seconds, and the memory of the stage, the JVM and the workers
 executors  featurize with one executor of one core, and with two; benchmarks/bare.py likewise
 """
 
@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from PIL import Image, ImageOps
 
 from benchmarks.growing import copy_images, distinct_images, machine, submit
+from benchmarks.scale import watch
 from bootstrap.local import memory_mb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +104,7 @@ def whole(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
     for i in range(n_rounds):
         clone = make_clone(folder / f"clone-{i}")
         shutil.copy(folder / "resnet50.weights.h5", clone / "data/weights")
+        run(*DVC, "add", "-q", "data/weights/resnet50.weights.h5", cwd=clone)
         copy_images(paths[n_more:], images, clone / "data/photos")
         timed(seconds, "dvc add", *DVC, "add", "-q", "data/photos", cwd=clone)
         timed(seconds, "all", *DVC, "exp", "run", *(f"-S{key}={value}" for key, value in chosen.items()), cwd=clone)
@@ -223,12 +223,12 @@ def growth(images: Path, folder: Path, n_rounds: int) -> dict[str, Any]:
 
     @contextmanager
     def measured(name: str) -> Iterator[None]:
-        with watch_memory() as most:
+        with watch() as seen:
             started = time.monotonic()
             yield
             seconds.setdefault(name, []).append(time.monotonic() - started)
-        memory[name] = {kind: max(mib, memory.get(name, {}).get(kind, 0)) for kind, mib in most.items()}
-        print(f"{name}: {seconds[name][-1]:.1f} s, MiB {most}", flush=True)
+        memory[name] = {kind: max(mib, memory.get(name, {}).get(kind, 0)) for kind, mib in seen.mib.items()}
+        print(f"{name}: {seconds[name][-1]:.1f} s, MiB {seen.mib}", flush=True)
 
     for n in GROWTH["photographs"]:
         grow_images(images, folder / f"photographs-{n}", n)
@@ -390,33 +390,6 @@ def grow_files(images: Path, folder: Path) -> None:
                 os.link(folder / f"files-{n}/label-0/{i % len(few)}.jpg", place / f"{i}.jpg")
 
 
-@contextmanager
-def watch_memory() -> Iterator[dict[str, int]]:
-    """Yield the most MiB of a process of each kind among all that this process starts, measured five times a second."""
-    most: dict[str, int] = {}
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.2):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    words, mib = " ".join(process.cmdline()), process.memory_info().rss // 2**20
-                except psutil.Error:
-                    continue  # it has ended
-                kinds = {"java": "JVM", "pyspark.daemon": "worker", "stages/": "driver"}
-                kind = next((kind for sign, kind in kinds.items() if sign in words), None)
-                if kind:
-                    most[kind] = max(mib, most.get(kind, 0))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield most
-    finally:
-        done.set()
-        watcher.join()
-
-
 def write_features(folder: Path, n_rows: int, n_features: int) -> None:
     """Write a table as featurize does, of random features whose variance falls, and beside it their folds and their step."""
     folder.mkdir(parents=True)
@@ -481,7 +454,7 @@ def format_tables(section: dict[str, Any]) -> str:
         for name, all_ in section["seconds"].items()
     ]
     if "memory" in section:
-        kinds = ("driver", "JVM", "worker")
+        kinds = ("stage", "JVM", "worker")
         lines += ["", "| MiB of the largest process at its most | " + " | ".join(kinds) + " |", "|---|---|---|---|"]
         lines += [
             f"| {name} | " + " | ".join(f"{most.get(kind, 0):,}" for kind in kinds) + " |"
