@@ -42,11 +42,11 @@ def check(running: str, inputs: Iterable[str] = ()) -> None:
         return  # a single stage, not one of a pipeline
     others = {name: words for name, words in changed_commands() if name != running}
     digests = {name: digest_of_command(name, words) for name, words in others.items()}
-    accepted = set(ACCEPTED.read_text().split()) if ACCEPTED.exists() else set()
+    accepted = ACCEPTED.read_bytes().split() if ACCEPTED.exists() else []
     parsers = {
         name: subprocess.Popen([sys.executable, "-c", PARSE, *words], stderr=subprocess.PIPE, text=True)
         for name, words in others.items()
-        if digests[name] not in accepted
+        if digests[name].encode() not in accepted
     }
     said = {name: parser.communicate()[1].strip() for name, parser in parsers.items()}
     refused = [f"{name}: {said[name].splitlines()[-1]}" for name, parser in parsers.items() if parser.returncode]
