@@ -9,8 +9,8 @@ reads   benchmarks/growing.json  seconds of featurize, with two networks
 writes  docs/scale.md, between its marks
 
 A stage takes its start, and processor seconds for each photograph; `neighbours` also takes some for each photograph and each
-centre, of which there is one for 1,024 photographs. Stages on Spark share theirs among all cores, each of which may then
-do a little less (EFFICIENCY). The others run on the machine that starts them, one after the other, and count as if on one core.
+centre, of which there is one for 1,024 photographs. Stages on Spark share theirs among all cores, each of which may then do
+a little less (EFFICIENCY). The others run on the machine that starts them, one after the other, and count as if on one core.
 """
 
 import json
@@ -29,7 +29,8 @@ SIZES = (10**6, 10**7, 10**8)
 ON_SPARK = ("ingest", "featurize", "neighbours", "covariance", "reduce")
 NETWORKS = {"efficientnet-lite0": "EfficientNet-Lite0, float32", "resnet50": "ResNet50, bfloat16"}
 GIB, MIB, KIB = 2**30, 2**20, 2**10
-# Of two executors, each does this share of what one does alone; no more than all, where noise or the longer start of two says so.
+# Of two executors, each does this share of what one does alone. Their longer start, which is left out, can make it seem more
+# than all.
 EFFICIENCY = min(1.0, RESULTS["executors"]["ratios"]["two"] / 2)
 PAIR = 2.9e-9  # processor seconds to compare two sketches: 2,917 for a million images against a million
 IMAGES_OF_A_CENTRE = 1024  # ROWS of neighbours

@@ -40,11 +40,8 @@ def test_more_cores_take_fewer_hours() -> None:
     assert two > 5 * sixteen > 5 * cluster
 
 
-def test_a_gpu_waits_for_its_cores_or_they_wait_for_it_a_little() -> None:
+def test_resnet50_takes_a_gpu_a_fifth_longer_than_the_rest_takes_its_cores_and_a_small_network_less() -> None:
+    cores = extrapolate.beside_network() / extrapolate.GPU_CORES
     small, large = (extrapolate.GFLOP[network] / extrapolate.GPU_GFLOPS for network in ("efficientnet-lite0", NETWORK))
-    assert (
-        small
-        < extrapolate.beside_network() / extrapolate.GPU_CORES
-        < large
-        < 1.3 * extrapolate.beside_network() / extrapolate.GPU_CORES
-    )
+    assert small < cores
+    assert large / cores == pytest.approx(1.2, abs=0.1)
