@@ -37,7 +37,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from benchmarks.growing import copy_images, distinct_images, machine, submit
-from benchmarks.scale import watch
+from benchmarks.scale import ENVIRONMENT, watch
 from bootstrap.local import memory_mb
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,11 +56,6 @@ N_FEATURES_OF_ROWS = 256  # a million rows of 1,280 are 5 GB
 STEP = 2.0**-12  # of these features: the largest are some 5
 ROUNDS = {"whole": 2, "limit": 2, "pca": 1, "growth": 1, "executors": 2}
 FIELD = {"field, nothing cached": [], "field, features written first": ["--materialise"]}
-ENVIRONMENT = os.environ | {
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-    **{f"GIT_{who}_{what}": "bench@localhost" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
-}
 DVC = (sys.executable, "-m", "dvc")
 
 Seconds = dict[str, list[float]]
