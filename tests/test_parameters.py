@@ -43,6 +43,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lock["stages"]["drift"] = {"params": {"params.yaml": {"drift": PARAMS["drift"]}}}  # which a first run adds
     (tmp_path / "dvc.lock").write_text(yaml.safe_dump(lock))
     (tmp_path / "stages").symlink_to(ROOT / "stages")
+    (tmp_path / ".dvc/tmp").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -91,7 +92,6 @@ def test_what_the_lock_has_accepted_is_not_parsed_again(repository: Path) -> Non
 
 
 def test_what_a_stage_has_accepted_is_not_parsed_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (repository / ".dvc/tmp").mkdir(parents=True)
     change(repository, "split", near=0.4)
     change(repository, "reduce", k=16)
     parameters.check("sample")
@@ -103,7 +103,6 @@ def test_what_a_stage_has_accepted_is_not_parsed_again(repository: Path, monkeyp
 
 
 def test_a_stage_whose_file_has_changed_parses_again(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (repository / ".dvc/tmp").mkdir(parents=True)
     (repository / "stages").unlink()
     shutil.copytree(ROOT / "stages", repository / "stages")
     change(repository, "reduce", k=16)
@@ -116,7 +115,6 @@ def test_a_stage_whose_file_has_changed_parses_again(repository: Path, monkeypat
 
 
 def test_what_is_refused_is_refused_again(repository: Path) -> None:
-    (repository / ".dvc/tmp").mkdir(parents=True)
     change(repository, "reduce", k=1.0)
     for _ in range(2):
         with pytest.raises(SystemExit, match=r"^params\.yaml: reduce: "):
